@@ -1,0 +1,55 @@
+# make report and make test are each complete on a fresh machine: they create .venv and install what they need.
+SHELL := /bin/bash
+.DELETE_ON_ERROR:
+.PHONY: report test lint unit notebooks nbval browser clean
+
+BIN := .venv/bin
+STAMP := .venv/.installed
+NOTEBOOKS := $(wildcard notebooks/*.ipynb notebooks/solutions/*.ipynb)
+# the first Python of 3.11 or newer; set PYTHON to choose another
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3 python; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+STAGE := .ci/stage
+
+report: $(STAMP)
+	@$(STAGE) report $(BIN)/zsad report
+
+# Every part runs, so one run shows all that is wrong.
+test: $(STAMP) browser
+	@status=0; for part in lint unit nbval; do \
+		$(MAKE) --no-print-directory $$part || status=1; done; exit $$status
+
+lint: $(STAMP)
+	@$(STAGE) lint $(BIN)/ruff check .
+
+unit: $(STAMP)
+	@$(STAGE) "unit tests" $(BIN)/python -m pytest
+
+# The committed outputs are the expectation: a notebook that prints something else fails.
+nbval: $(STAMP)
+ifeq ($(NOTEBOOKS),)
+	@echo "[zsad] no notebook to check"
+else
+	@$(STAGE) "notebooks" $(BIN)/python -m pytest --nbval --nbval-current-env \
+		--nbval-sanitize-with tests/nbval_sanitize.cfg $(NOTEBOOKS)
+endif
+
+# Runs every notebook and keeps its new outputs: read the diff before committing it.
+notebooks: $(STAMP)
+	@for notebook in $(NOTEBOOKS); do \
+		$(STAGE) "$$notebook" $(BIN)/jupyter nbconvert --log-level WARN --to notebook --execute --inplace \
+			--ExecutePreprocessor.timeout=1800 "$$notebook" || exit 1; done
+
+browser:
+	@.ci/browser
+
+$(STAMP): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "no Python >= 3.11 found: install one, or run make PYTHON=/path/to/python"; exit 1; }
+	@test -x $(BIN)/python || $(STAGE) "new environment" $(PYTHON) -m venv .venv
+	@$(STAGE) "install" $(BIN)/python -m pip install --quiet --disable-pip-version-check \
+		-c constraints.txt -e '.[test]'
+	@touch $@
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,45 @@
+"""Shared test helpers: fixed seeds, the optional shared folder, and the opt-in `full` tests."""
+
+import os
+import random
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch loads: small tensors are fastest on one thread
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on the network
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def shared_path(relative):
+    """Path of a file of the shared folder ($ZSAD_SHARED, else `../shared`); skips when absent."""
+    base = Path(os.environ.get("ZSAD_SHARED") or ROOT.parent / "shared")
+    path = base / relative
+    if not path.exists():
+        pytest.skip(f"shared file {relative} is not there (set ZSAD_SHARED to the folder that holds it)")
+    return path
+
+
+def pytest_addoption(parser):
+    parser.addoption("--full", action="store_true", help="also run the tests marked `full` (minutes each)")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--full"):
+        return
+    skip = pytest.mark.skip(reason="marked full: run pytest --full")
+    for item in items:
+        if "full" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def fixed_seeds():
+    """Every test starts from the same random state, whatever ran before it."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)

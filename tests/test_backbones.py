@@ -1,0 +1,441 @@
+"""zsad_lib.backbones: golden parity of text encoder and VAE, guidance, loading that never guesses."""
+
+import json
+import shutil
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import shared_path
+from zsad_lib.backbones import Backbone, BackboneError, fingerprint, load_backbone, load_features
+
+
+def tiny_parts(text_width=16, latent_channels=4, in_channels=4):
+    """vae, unet, text_encoder, tokenizer of a tiny random model: 32 px images, latents 4x8x8."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    torch.manual_seed(1)
+    blocks = {"layers_per_block": 1, "norm_num_groups": 4}
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        latent_channels=latent_channels,
+        sample_size=32,
+        scaling_factor=0.9,
+        **blocks,
+    )
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        in_channels=in_channels,
+        out_channels=4,
+        block_out_channels=(8, 16),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=16,
+        attention_head_dim=4,
+        **blocks,
+    )
+    letters = [*"abcdefghijklmnopqrstuvwxyz_0123456789"]
+    symbols = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>", "!"]
+    tokenizer = CLIPTokenizer(
+        vocab={symbol: i for i, symbol in enumerate(symbols)}, merges=[], pad_token="!", model_max_length=24
+    )
+    text_encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(symbols),
+            hidden_size=text_width,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_position_embeddings=24,
+            bos_token_id=symbols.index("<|startoftext|>"),
+            eos_token_id=symbols.index("<|endoftext|>"),
+            pad_token_id=symbols.index("!"),
+        )
+    )
+    return (*(part.eval().requires_grad_(False) for part in (vae, unet, text_encoder)), tokenizer)
+
+
+def tiny_scheduler(**changes):
+    from diffusers import DDIMScheduler
+
+    options = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+    return DDIMScheduler(**options, clip_sample=False, **changes)
+
+
+@cache
+def tiny_backbone(prediction_type="epsilon"):
+    return Backbone(*tiny_parts(), tiny_scheduler(prediction_type=prediction_type), name="tiny")
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A tiny StableDiffusionPipeline directory, with a PNDM scheduler as Stable Diffusion ships it."""
+    from diffusers import PNDMScheduler, StableDiffusionPipeline
+
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    vae, unet, text_encoder, tokenizer = tiny_parts()
+    scheduler = PNDMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1, skip_prk_steps=True
+    )
+    StableDiffusionPipeline(
+        vae, text_encoder, tokenizer, unet, scheduler, None, None, requires_safety_checker=False
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def copy(saved, tmp_path):
+    return shutil.copytree(saved, tmp_path / "tiny")
+
+
+@pytest.fixture(scope="module")
+def golden():
+    return load_backbone(shared_path("golden/tiny_sd"), device="cpu")
+
+
+@pytest.mark.parametrize("case", range(4))
+def test_golden_text_and_posterior(golden, case):
+    with np.load(shared_path(f"golden/divad/case{case}_input.npz")) as file:
+        stored = {key: torch.from_numpy(file[key]) for key in file}
+    prompt = json.loads(shared_path("golden/divad/meta.json").read_text())["prompts"][case]
+    assert (golden.embed(["", prompt]) - stored["text_embeddings"]).abs().max() < 1e-6
+    images = stored["image"].permute(2, 0, 1)[None] / 255
+    mean, std = golden.posterior(images)
+    assert (mean - stored["posterior_mean"]).abs().max() < 1e-5
+    assert (std - stored["posterior_std"]).abs().max() < 1e-5
+    start = golden.encode(images, stored["posterior_noise"])
+    assert (start - stored["start_latents"]).abs().max() < 1e-5
+    assert torch.equal(golden.encode(images), 0.18215 * mean)
+
+
+def test_golden_folder_reads_completely(golden):
+    """The text encoder's files carry the `text_model.` prefix; nothing of them may be lost on the way."""
+    from safetensors.torch import load_file
+
+    stored = load_file(shared_path("golden/tiny_sd/text_encoder/model.safetensors"))
+    loaded = golden.text_encoder.state_dict()
+    found = {name.removeprefix("text_model.") for name in loaded}
+    assert {name.removeprefix("text_model.") for name in stored} == found
+    for name, tensor in loaded.items():
+        assert torch.equal(tensor, stored["text_model." + name.removeprefix("text_model.")]), name
+
+
+def test_load_backbone(saved):
+    backbone = load_backbone(saved, device="cpu")
+    built = tiny_backbone()
+    assert backbone.name == "tiny" and backbone.dtype == torch.float32 and backbone.device.type == "cpu"
+    assert backbone.latent_shape == (4, 8, 8) and backbone.image_size == 32 and backbone.steps_offset == 1
+    assert type(backbone.scheduler).__name__ == "DDIMScheduler"
+    assert (
+        torch.allclose(backbone.alphas_cumprod, built.alphas_cumprod) and backbone.alphas_cumprod.dim() == 1
+    )
+    assert backbone.config == built.config and json.loads(json.dumps(backbone.config)) == backbone.config
+    assert not any(p.requires_grad for p in backbone.unet.parameters()) and not backbone.vae.training
+    images = torch.rand(2, 3, 32, 48)
+    latents = backbone.encode(images)
+    assert latents.shape == (2, 4, 8, 12) and torch.equal(latents, built.encode(images))
+    decoded = backbone.decode(50 * latents)
+    assert decoded.shape == images.shape and 0 <= decoded.min() and decoded.max() <= 1
+    assert torch.equal(backbone.embed(["a b"]), built.embed(["a b"]))
+
+
+def test_encode_refuses_sizes_the_vae_cannot_divide():
+    with pytest.raises(ValueError, match="30x32 px: both sides must be multiples of 4"):
+        tiny_backbone().encode(torch.rand(1, 3, 30, 32))
+
+
+def test_guidance_and_evaluations():
+    """uncond + s·(cond − uncond); 1 and a missing uncond run one half only; every sample is counted."""
+    backbone = tiny_backbone()
+    z = torch.randn(2, 4, 8, 8)
+    cond, uncond = backbone.embed(["an image", "of b"]), backbone.embed(["", ""])
+
+    def run(*args):
+        before = backbone.evaluations
+        return backbone.predict_noise(z, 401, *args), backbone.evaluations - before
+
+    with_text, count = run(cond)
+    assert count == 2
+    without, _ = run(uncond)
+    assert not torch.allclose(with_text, without, atol=1e-4)
+    for scale in (0.0, 3.5):
+        guided, count = run(cond, uncond, scale)
+        assert count == 4
+        assert torch.allclose(guided, without + scale * (with_text - without), atol=1e-5)
+    for same, count in (run(cond, uncond, 1.0), run(cond, None, 3.5)):
+        assert count == 2 and torch.equal(same, with_text)
+
+
+def test_v_prediction():
+    """A network output read as v = √ᾱ·ε − √(1 − ᾱ)·x0 must give the ε and x0 that produce the latent."""
+    epsilon, velocity = tiny_backbone(), tiny_backbone("v_prediction")
+    z, cond, uncond = torch.randn(2, 4, 8, 8), epsilon.embed(["a", "b"]), epsilon.embed(["", ""])
+    alpha = velocity.alphas_cumprod[301]
+    for scale in (1.0, 3.5):
+        v = epsilon.predict_noise(z, 301, cond, uncond, scale)
+        eps = velocity.predict_noise(z, 301, cond, uncond, scale)
+        x0 = (z - (1 - alpha).sqrt() * eps) / alpha.sqrt()
+        assert torch.allclose(alpha.sqrt() * eps - (1 - alpha).sqrt() * x0, v, atol=1e-5)
+    assert velocity.config != epsilon.config
+
+
+def test_prompts_too_long_are_announced():
+    with pytest.warns(UserWarning, match="cut from 32 to 24 tokens: 'aaaa"):
+        assert tiny_backbone().embed(["a" * 30]).shape == (1, 24, 16)
+
+
+def test_half_precision_files_are_widened_on_the_cpu(copy):
+    """Half-precision files run in float32; asking for float16 keeps the U-Net and the text encoder in it."""
+    from diffusers import UNet2DConditionModel
+
+    full = load_backbone(copy, device="cpu")
+    unet = UNet2DConditionModel.from_pretrained(copy, subfolder="unet").half()
+    unet.save_pretrained(copy / "unet")
+    widened = load_backbone(copy, device="cpu")
+    weight = widened.unet.conv_in.weight
+    assert weight.dtype == torch.float32 and torch.equal(weight, full.unet.conv_in.weight.half().float())
+    half = load_backbone(copy, device="cpu", dtype="float16")
+    assert half.unet.dtype == half.text_encoder.dtype == torch.float16 and half.vae.dtype == torch.float32
+    eps = half.predict_noise(torch.randn(1, 4, 8, 8), 101, half.embed(["a"]))
+    assert eps.dtype == torch.float32 and torch.isfinite(eps).all()
+    with pytest.raises(BackboneError, match="dtype 'int8' is unknown"):
+        load_backbone(copy, device="cpu", dtype="int8")
+
+
+def test_random_weights(saved):
+    """The controls: the named parts are new, the rest stays, twice the same, and the name and config tell."""
+    plain, unet, everything = (load_backbone(saved, "cpu", random_weights=r) for r in (None, "unet", "all"))
+    assert "random U-Net" in unet.name and "random weights" in everything.name
+    assert len({b.config["weights"] for b in (plain, unet, everything)}) == 3
+    assert fingerprint(unet.vae, unet.text_encoder) == fingerprint(plain.vae, plain.text_encoder)
+    assert fingerprint(everything.unet) == fingerprint(unet.unet) != fingerprint(plain.unet)
+    torch.manual_seed(99)
+    state = torch.get_rng_state()
+    assert load_backbone(saved, "cpu", random_weights="all").config == everything.config
+    assert torch.equal(torch.get_rng_state(), state)
+    with pytest.raises(BackboneError, match="random_weights 'some' is unknown"):
+        load_backbone(saved, random_weights="some")
+
+
+def test_fingerprint_sees_a_retrained_model():
+    a, b = torch.nn.Linear(50, 50), torch.nn.Linear(50, 50)
+    b.load_state_dict(a.state_dict())
+    assert fingerprint(a) == fingerprint(b)
+    b.load_state_dict({name: tensor + 1e-3 for name, tensor in a.state_dict().items()})
+    assert fingerprint(a) != fingerprint(b) != fingerprint(b, a)
+
+
+def test_wrong_folders(copy, tmp_path):
+    with pytest.raises(
+        BackboneError, match="lacks model_index.json, vae/config.json, unet/config.json, text_enc"
+    ):
+        load_backbone(tmp_path)
+    shutil.rmtree(copy / "tokenizer")
+    (copy / "vae" / "config.json").unlink()
+    with pytest.raises(BackboneError, match="it lacks vae/config.json, tokenizer/tokenizer_config.json$"):
+        load_backbone(copy)
+    with pytest.raises(BackboneError, match="no folder at"):
+        load_backbone(tmp_path / "nowhere")
+    with pytest.raises(BackboneError, match="no checkpoint `stable-diffusion-9`.*stable-diffusion-1.5"):
+        load_backbone("stable-diffusion-9")
+
+
+@pytest.mark.parametrize("part", ("vae", "unet", "text_encoder"))
+@pytest.mark.parametrize("damage", ("missing", "unexpected", "mismatched", "cut", "gone"))
+def test_weights_that_do_not_fit_are_refused(copy, part, damage):
+    """Never a silent fallback to random numbers."""
+    from safetensors.torch import load_file, save_file
+
+    file = next((copy / part).glob("*.safetensors"))
+    tensors = load_file(file)
+    name = sorted(tensors)[0]
+    if damage == "missing":
+        del tensors[name]
+    elif damage == "unexpected":
+        tensors["extra.weight"] = torch.zeros(3)
+    elif damage == "mismatched":
+        tensors[name] = torch.zeros(3, 7)
+    save_file(tensors, file, metadata={"format": "pt"})
+    if damage == "cut":
+        file.write_bytes(file.read_bytes()[:-100])
+    elif damage == "gone":
+        file.unlink()
+    with pytest.raises(BackboneError, match=part) as error:
+        load_backbone(copy, device="cpu")
+    assert damage not in ("missing", "unexpected") or damage in str(error.value)
+
+
+def test_parts_that_do_not_belong_together():
+    scheduler = tiny_scheduler()
+    with pytest.raises(BackboneError, match="U-Net attends to 16 text channels, the text encoder has 32"):
+        Backbone(*tiny_parts(text_width=32), scheduler, name="x")
+    with pytest.raises(BackboneError, match="9 channels in and 4 out.*inpainting"):
+        Backbone(*tiny_parts(in_channels=9), scheduler, name="x")
+    with pytest.raises(BackboneError, match="prediction type 'sample' is not supported"):
+        Backbone(*tiny_parts(), tiny_scheduler(prediction_type="sample"), name="x")
+
+
+def test_hub_out_of_reach(monkeypatch):
+    """Offline and not cached: says so, and what to do, for a hub id and for a name of the manifest."""
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    hint = r"neither a folder here nor complete in the local hub cache.*hf download "
+    with pytest.raises(BackboneError, match=hint + "nobody/no-such-model"):
+        load_backbone("nobody/no-such-model")
+    with pytest.raises(BackboneError, match=hint + "nobody/no-such-model"):
+        load_features("nobody/no-such-model")
+
+
+def test_manifest_names(saved, tmp_path, monkeypatch):
+    """A checkpoint of the manifest is read from its folder; one without a folder goes to its hub id."""
+    manifest = tmp_path / "data_manifest.yaml"
+    manifest.write_text(
+        "datasets: {}\ncheckpoints:\n  here: {path: tiny}\n"
+        "  there: {path: null, hub_id: nobody/no-such-model, revision: abc}\n"
+        "  lost: {path: nowhere, fetch: Ask us.}\n"
+    )
+    monkeypatch.setenv("ZSAD_MANIFEST", str(manifest))
+    shutil.copytree(saved, tmp_path / "tiny")
+    assert load_backbone("here", device="cpu").config == tiny_backbone().config
+    with pytest.raises(BackboneError, match="checkpoint 'lost' is not at .*nowhere. Ask us."):
+        load_backbone("lost")
+    with pytest.raises(BackboneError, match="hf download nobody/no-such-model"):
+        load_backbone("there")
+
+
+def test_cuda_without_a_gpu(saved, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(BackboneError, match="finds no CUDA GPU"):
+        load_backbone(saved, device="cuda")
+
+
+def write_preprocessor(folder, size):
+    values = {"size": size, "image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.25, 0.5]}
+    (folder / "preprocessor_config.json").write_text(json.dumps(values))
+
+
+@pytest.fixture(scope="module")
+def vit(tmp_path_factory):
+    """As facebook/dino-vits8 is stored: no pooler in the files."""
+    from transformers import ViTConfig, ViTModel
+
+    folder = tmp_path_factory.mktemp("models") / "vit"
+    config = ViTConfig(
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        image_size=32,
+        patch_size=8,
+    )
+    torch.manual_seed(2)
+    ViTModel(config, add_pooling_layer=False).save_pretrained(folder)
+    write_preprocessor(folder, {"height": 32, "width": 32})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def resnet(tmp_path_factory):
+    """As microsoft/resnet-50 is stored: a classifier's head in the files."""
+    from transformers import ResNetConfig, ResNetForImageClassification
+
+    folder = tmp_path_factory.mktemp("models") / "resnet"
+    config = ResNetConfig(
+        embedding_size=4, hidden_sizes=[4, 6, 8, 10], depths=[1, 1, 1, 1], layer_type="basic", num_labels=3
+    )
+    torch.manual_seed(2)
+    ResNetForImageClassification(config).save_pretrained(folder)
+    write_preprocessor(folder, {"shortest_edge": 64})
+    return folder
+
+
+def normalised(images):
+    mean, std = torch.tensor([0.5, 0.4, 0.3]), torch.tensor([0.2, 0.25, 0.5])
+    return (images - mean.view(3, 1, 1)) / std.view(3, 1, 1)
+
+
+def test_vit_features(vit):
+    """The last layer's patch tokens on their grid, CLS dropped, positions interpolated to another size."""
+    from transformers import ViTModel
+
+    model = ViTModel.from_pretrained(vit, add_pooling_layer=False).eval()
+    images = torch.rand(2, 3, 32, 32)
+    extract = load_features(vit, device="cpu")
+    (features,) = extract(images)
+    tokens = model(normalised(images)).last_hidden_state
+    assert features.shape == (2, 16, 4, 4) and extract.size == 32 and extract.config["layers"] is None
+    assert torch.allclose(features[:, :, 2, 1], tokens[:, 1 + 2 * 4 + 1], atol=1e-5)
+    (larger,) = load_features(vit, device="cpu", size=64)(torch.rand(1, 3, 50, 70))
+    assert larger.shape == (1, 16, 8, 8)
+    with pytest.raises(BackboneError, match="size 36 is no multiple of its patch 8"):
+        load_features(vit, size=36)
+    with pytest.raises(BackboneError, match="`layers` is for ResNets"):
+        load_features(vit, layers=(1,))
+
+
+def test_resnet_features(resnet):
+    from transformers import ResNetModel
+
+    images = torch.rand(2, 3, 64, 64)
+    extract = load_features(resnet, device="cpu")
+    features = extract(images)
+    assert [f.shape[1:] for f in features] == [(6, 8, 8), (8, 4, 4), (10, 2, 2)]
+    states = (
+        ResNetModel.from_pretrained(resnet)
+        .eval()(normalised(images), output_hidden_states=True)
+        .hidden_states
+    )
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(features, states[2:], strict=True))
+    (first,) = load_features(resnet, device="cpu", layers=[1])(images)
+    assert torch.allclose(first, states[1], atol=1e-5)
+    with pytest.raises(BackboneError, match="stages 1 to 4, not"):
+        load_features(resnet, layers=[0, 5])
+
+
+def test_features_config_and_controls(resnet):
+    plain, again = load_features(resnet, device="cpu"), load_features(resnet, device="cpu")
+    other = load_features(resnet, device="cpu", random_weights="all")
+    assert plain.config == again.config and json.loads(json.dumps(plain.config)) == plain.config
+    assert other.config["weights"] != plain.config["weights"] and "random weights" in other.name
+    assert other.config == load_features(resnet, device="cpu", random_weights="all").config
+    assert load_features(resnet, device="cpu", size=96).config != plain.config
+    with pytest.raises(BackboneError, match="random_weights 'unet' of features"):
+        load_features(resnet, random_weights="unet")
+
+
+def test_features_that_cannot_be_read(vit, copy, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    with pytest.raises(BackboneError, match="lacks config.json, preprocessor_config.json"):
+        load_features(copy)
+    write_preprocessor(copy / "text_encoder", 32)
+    with pytest.raises(BackboneError, match="'clip_text_model' model; features come from 'vit'"):
+        load_features(copy / "text_encoder")
+    damaged = shutil.copytree(vit, tmp_path / "damaged")
+    tensors = load_file(damaged / "model.safetensors")
+    del tensors[sorted(tensors)[-1]]
+    save_file(tensors, damaged / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(BackboneError, match="do not fit config.json: 1 missing"):
+        load_features(damaged)
+    (damaged / "preprocessor_config.json").write_text('{"size": 32}')
+    shutil.copy(vit / "model.safetensors", damaged)
+    with pytest.raises(BackboneError, match="must name size, image_mean and image_std"):
+        load_features(damaged)
+
+
+def test_pixel_features():
+    """Raw colours that the cosine can compare: equal images at 0, also black ones; brightness counts."""
+    from zsad_lib.maps import anomaly_map
+
+    extract = load_features("pixels", device="cpu")
+    black, grey = torch.zeros(1, 3, 16, 16), torch.full((1, 3, 16, 16), 0.5)
+    assert torch.equal(extract(grey)[0][:, :3], grey)
+    assert anomaly_map(extract(black), extract(black), 16).abs().max() < 1e-6
+    assert anomaly_map(extract(black), extract(grey), 16).min() > 0.1
+    assert load_features("pixels", device="cpu", size=8)(grey)[0].shape == (1, 4, 8, 8)

@@ -1,0 +1,300 @@
+import json
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_scoring import save, write_tree
+from typer.testing import CliRunner
+
+from conftest import shared_path
+from zsad_lib import cli, methods, scoring
+from zsad_lib.backbones import BackboneError
+from zsad_lib.methods import Scores
+from zsad_lib.profiles import PROFILES, profile_options
+
+run_cli = CliRunner().invoke
+TINY = {"size": 16, "sigma": 1.0, "pool": 2}
+
+
+class Model:
+    """Stands where a method with a backbone stands: random weights make its map worthless."""
+
+    size = 16
+
+    def __init__(self, backbone, features, start="official", sigma=1.0, seed=0):
+        self.name, self.backbone = "model", backbone
+        self.config = {
+            "backbone": {"name": backbone, "weights": len(backbone)},
+            "features": {"name": features},
+        }
+        self.config |= {"start": start, "sigma": sigma, "seed": seed}
+
+    def score(self, images, ids, categories):
+        maps = images.mean(1) if "random" not in self.backbone else torch.zeros(len(ids), 16, 16)
+        return Scores(maps.amax((1, 2)), maps)
+
+
+@pytest.fixture
+def tree(tmp_path, monkeypatch):
+    """A tiny dataset in the working folder, tiny profiles, and the method "model" instead of DIVAD."""
+
+    def load_backbone(name, device, random_weights=None):
+        return name + (f" (random {random_weights})" if random_weights else "")
+
+    def profile_options(profile, name):
+        return {"backbone": "net", "features": "pixels", "start": profile} if name == "model" else dict(TINY)
+
+    profiles = types.SimpleNamespace(
+        PROFILES={"lite": {"batch_size": 3}, "paper": {"batch_size": 8}}, profile_options=profile_options
+    )
+    monkeypatch.setitem(sys.modules, "zsad_lib.profiles", profiles)
+    monkeypatch.setattr("zsad_lib.profiles", profiles, raising=False)
+    monkeypatch.setattr(methods, "load_backbone", load_backbone)
+    monkeypatch.setattr(methods, "load_features", lambda name, device: name)
+    baselines = {name: methods.METHODS[name] for name in cli.BASELINES}
+    monkeypatch.setattr(methods, "METHODS", {"model": Model} | baselines)
+    monkeypatch.chdir(tmp_path)
+    return write_tree(tmp_path / "tree", per_class=4)
+
+
+def invoke(*words, code=0):
+    result = run_cli(cli.app, [str(word) for word in words], env={"COLUMNS": "200"})
+    assert result.exit_code == code, f"{result.output}\n{result.exception!r}"
+    return result.stdout if code == 0 else result.output
+
+
+def score(tree, *words, code=0):
+    return invoke("score", "--dataset", "mvtec_ad", "--root", tree, "--method", "model", *words, code=code)
+
+
+def runs(out="runs"):
+    return [json.loads(path.read_text()) for path in sorted(Path(out).glob("*/run.json"))]
+
+
+COMMANDS = ["", "data", "data make", "data list", "data check", "train", "score", "evaluate", "report"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command):
+    text = invoke(*command.split(), "--help")
+    assert "Usage" in text and len(text.splitlines()) > 5
+
+
+def test_score_then_evaluate_prints_the_method_beside_its_controls(tree):
+    told = score(tree)
+    table = invoke("evaluate")
+    rows = ["model, net", "model, net (random unet)", "local_contrast", "median", "patch_knn"]
+    for row in rows:
+        assert f"\n{row}: 16 images" in "\n" + told
+    lines = table.splitlines()
+    assert [line for line in lines if line.startswith("mvtec_ad, 16 images")] == [lines[2]]
+    positions = [table.index(row + "  ") for row in rows]
+    assert positions == sorted(positions), "a method comes before its controls"
+    for column in (
+        "image_auroc",
+        "image_ap",
+        "image_f1max",
+        "pixel_auroc",
+        "pixel_ap",
+        "pixel_f1max",
+        "aupro",
+    ):
+        assert column in lines[0]
+    assert "50.0 [50.0, 50.0]" in next(line for line in lines if "(random unet)" in line)
+    assert "95 % bootstrap interval" in table
+
+
+def test_only_leaves_the_controls_out_and_random_weights_picks_them(tree):
+    score(tree, "--only")
+    assert [run["config"]["backbone"]["name"] for run in runs()] == ["net"]
+    score(tree, "--only", "--random-weights", "all", "--out", "control")
+    assert [run["config"]["backbone"]["name"] for run in runs("control")] == ["net (random all)"]
+    invoke("score", "--dataset", "mvtec_ad", "--root", tree, "--method", "median", "--out", "one")
+    assert [run["method"] for run in runs("one")] == ["median"]
+    invoke("score", "--dataset", "mvtec_ad", "--root", tree, "--method", "all", "--out", "all")
+    assert sorted(run["method"] for run in runs("all")) == [
+        "local_contrast",
+        "median",
+        "model",
+        "model",
+        "patch_knn",
+    ]
+
+
+def test_options_reach_the_methods_that_have_them(tree):
+    score(tree, "--set", "start=matched", "--set", "sigma=2.5", "--backbone", "other", "--profile", "paper")
+    found = {run["method"]: run["config"] for run in runs()}
+    assert found["model"]["start"] == "matched" and found["model"]["backbone"]["name"].startswith("other")
+    assert {config["sigma"] for config in found.values()} == {2.5}
+    score(tree, "--only", "--profile", "paper", "--out", "plain")
+    assert runs("plain")[0]["config"]["start"] == "paper", "the profile gives what the command line does not"
+    assert "--set nose=1: expected NAME=VALUE" in score(tree, "--set", "nose=1", code=2)
+    assert "no profile 'huge'" in score(tree, "--profile", "huge", code=2)
+
+
+def test_every_profile_has_what_score_needs():
+    for profile, settings in PROFILES.items():
+        assert settings["batch_size"] > 0
+        for name in methods.METHODS:
+            options = set(profile_options(profile, name))
+            assert {"backbone", "features"} <= options
+            assert options - {"backbone", "features"} <= set(methods.method_options(name))
+
+
+def test_batch_size_is_the_profiles_unless_given(tree):
+    score(tree, "--only")
+    assert len(list(Path("runs").glob("*/batch-*.npz"))) == 6
+    score(tree, "--only", "--batch-size", 16, "--out", "one")
+    assert len(list(Path("one").glob("*/batch-*.npz"))) == 1
+
+
+def test_selection_of_images(tree):
+    score(tree, "--only", "--limit", 2, "--category", "lid")
+    assert [sample[0] for sample in runs()[0]["samples"]] == [
+        f"lid/test/{defect}/{i:03}" for defect in ("good", "spot") for i in range(2)
+    ]
+
+
+def test_rows_that_differ_in_a_setting_say_so(tree):
+    score(tree, "--only")
+    score(tree, "--only", "--set", "start=matched")
+    table = invoke("evaluate", "--bootstrap", 0)
+    assert "model, net, start=lite " in table and "model, net, start=matched " in table
+    assert "[" not in table.splitlines()[2]
+
+
+def test_runs_over_different_images_never_share_a_row_group(tree):
+    score(tree, "--only")
+    score(tree, "--only", "--limit", 2)
+    table = invoke("evaluate", "--bootstrap", 0)
+    assert "mvtec_ad, 16 images" in table and "mvtec_ad, 8 images" in table
+
+
+def test_formats_and_rows_of_evaluate(tree):
+    score(tree, "--only")
+    folder = next(Path("runs").glob("mvtec_ad-*"))
+    csv = invoke("evaluate", folder, "--format", "csv", "--per-category").splitlines()
+    assert csv[0] == "dataset,method,category,metric,value,low,high,n_normal,n_anomalous,reason"
+    assert len(csv) == 1 + 3 * 7 and '"model, net",box,image_auroc,1.0,1.0,1.0,4,4,' in csv[1]
+    assert "| model, net | lid" in invoke("evaluate", folder, "--format", "markdown", "--per-category")
+    assert r"\begin{tabular}" in invoke("evaluate", folder, "--format", "latex", "--variant", "official")
+    assert "box/spot" in invoke("evaluate", folder, "--per-defect", "--bootstrap", 0)
+
+
+def test_evaluate_leaves_out_unfinished_runs_and_other_datasets(tree):
+    score(tree, "--only")
+    path = next(Path("runs").glob("*/run.json"))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"state": "interrupted"}))
+    result = run_cli(cli.app, ["evaluate"])
+    assert "left out, interrupted" in result.output
+    assert isinstance(result.exception, scoring.ScoringError) and "`zsad score` first" in str(
+        result.exception
+    )
+    result = run_cli(cli.app, ["evaluate", "--dataset", "synthad"])
+    assert "no finished run on synthad" in str(result.exception)
+
+
+def test_own_folder_gets_scores_and_no_table(tree):
+    told = invoke("score", "--dataset", "folder", "--root", tree / "box" / "test", "--method", "model")
+    assert "no labels" in told and len(runs()) == 1
+    lines = next(Path("runs").glob("*/scores.csv")).read_text().splitlines()
+    assert len(lines) == 9 and lines[0] == "id,category,label,defect,pred_score"
+    assert "left out, no labels" in run_cli(cli.app, ["evaluate"]).output
+
+
+def test_data_check_names_bad_files(tree):
+    assert "all readable" in invoke("data", "check", "mvtec_ad", "--root", tree)
+    bad = tree / "box" / "test" / "good" / "001.png"
+    bad.write_bytes(bad.read_bytes()[:60])
+    small = tree / "lid" / "ground_truth" / "spot" / "002_mask.png"
+    save(np.zeros((8, 8), np.uint8), small)
+    text = invoke("data", "check", "mvtec_ad", "--root", tree, code=1)
+    assert str(bad) in text and str(small) in text and "2 bad" in text
+
+
+def test_data_list_and_make(tmp_path, monkeypatch):
+    text = invoke("data", "list")
+    assert "\nmvtec_ad: MVTec" in text and "CC BY-NC-SA" in text and "real_iad (no reader yet)" in text
+    made = []
+    monkeypatch.setattr("zsad_lib.synthad.export", made.append)
+    invoke("data", "make", "synthad", "--out", tmp_path / "here")
+    assert made == [tmp_path / "here"]
+    assert "is not generated" in invoke("data", "make", "mvtec_ad", code=2)
+
+
+def test_train_and_report_pass_their_options_on(monkeypatch):
+    calls = []
+    for name, function in (("training", "train"), ("report", "build")):
+        module = types.SimpleNamespace(**{function: lambda *args, **options: calls.append((args, options))})
+        monkeypatch.setitem(sys.modules, f"zsad_lib.{name}", module)
+        monkeypatch.setattr(f"zsad_lib.{name}", module, raising=False)
+    invoke("train", "lite-foundation", "--steps", 5, "--seed", 2, "--no-resume")
+    invoke("report", "--only", "02", "--out", "there")
+    assert calls[0] == (("lite-foundation",), {"steps": 5, "seed": 2, "device": "auto", "resume": False})
+    assert calls[1] == ((), {"profile": "lite", "out": Path("there"), "only": "02"})
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["evaluate", "--out", "nowhere"], "zsad: no finished run in nowhere"),
+        (["data", "check", "mvtec_ad", "--root", "nowhere"], "zsad: no folder at nowhere"),
+        (["data", "check", "nonsense"], "nonsense"),
+    ],
+)
+def test_known_errors_are_one_line_and_exit_2(monkeypatch, capsys, tmp_path, words, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["zsad", *words])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 2
+    errors = capsys.readouterr().err
+    assert message in errors and "Traceback" not in errors and len(errors.strip().splitlines()) == 1
+
+
+def test_unknown_errors_keep_their_traceback(monkeypatch):
+    def broken():
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(cli, "app", broken)
+    with pytest.raises(ZeroDivisionError):
+        cli.main()
+
+
+def test_missing_checkpoint_is_said_before_anything_is_scored(tree, monkeypatch, capsys):
+    def load_backbone(name, device, random_weights=None):
+        raise BackboneError("checkpoint net is not there")
+
+    monkeypatch.setattr(methods, "load_backbone", load_backbone)
+    monkeypatch.setattr(
+        sys, "argv", ["zsad", "score", "--dataset", "mvtec_ad", "--root", str(tree), "--method", "model"]
+    )
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert "checkpoint net is not there" in capsys.readouterr().err and not Path("runs").exists()
+
+
+def test_divad_on_a_tiny_stable_diffusion(tmp_path, monkeypatch):
+    """The real method through the command line, its control included."""
+    backbone = shared_path("golden/tiny_sd")
+    settings = {"inversion_steps": 10, "inference_steps": 10, "start_step": 5, "sigma": 1.0, "pool": 2}
+    options = {"backbone": str(backbone), "features": "pixels", **settings}
+    profiles = types.SimpleNamespace(
+        PROFILES={"lite": {"batch_size": 16}},
+        profile_options=lambda _, name: options if name == "divad" else dict(TINY, size=64),
+    )
+    monkeypatch.setitem(sys.modules, "zsad_lib.profiles", profiles)
+    monkeypatch.setattr("zsad_lib.profiles", profiles, raising=False)
+    monkeypatch.chdir(tmp_path)
+    tree = write_tree(tmp_path / "tree", per_class=2, categories=("box",))
+    told = invoke("score", "--dataset", "mvtec_ad", "--root", tree)
+    assert told.count("4 images") == 5 and "divad, tiny_sd (random U-Net)" in told
+    maps = {
+        results.run["config"]["backbone"]["name"]: results.maps
+        for results in map(scoring.load_results, Path("runs").glob("*-divad-*"))
+    }
+    assert len(maps) == 2 and not np.allclose(maps["tiny_sd"], maps["tiny_sd (random U-Net)"])
+    assert "divad, tiny_sd (random U-Net)" in invoke("evaluate", "--bootstrap", 10)

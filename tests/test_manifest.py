@@ -1,0 +1,171 @@
+import re
+
+import pytest
+
+from conftest import ROOT
+from zsad_lib import manifest
+from zsad_lib.datasets import READERS
+from zsad_lib.manifest import (
+    ManifestError,
+    checkpoint_entry,
+    dataset_entry,
+    folder_hash,
+    load_manifest,
+    verify,
+)
+
+TEXTS = ["title", "sha256_note", "licence", "citation", "layout", "fetch"]
+REQUIRED = {*TEXTS, "revision", "size_bytes", "sha256"}
+DATASETS = ["synthad", "mvtec_ad", "visa", "btad", "mpdd", "real_iad", "coco_ad", "magnetic_tile", "cifar10"]
+CHECKPOINTS = ["lite-foundation", "lite-features", "stable-diffusion-1.5", "stable-diffusion-2.1-base"]
+
+SMALL = """\
+# a comment that stays
+datasets:
+  tiles: {title: Tiles}
+  net:
+    sha256: null
+checkpoints:
+  other:
+    path: null
+    size_bytes: null
+    sha256: null
+  net:
+    path: weights/net
+    size_bytes: null
+    sha256: null  # not yet
+  last:
+    path: weights/net
+    sha256: null
+"""
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    """A small manifest beside a checkpoint folder of two files."""
+    path = tmp_path / "manifest.yaml"
+    path.write_text(SMALL)
+    monkeypatch.setenv("ZSAD_MANIFEST", str(path))
+    folder = tmp_path / "weights" / "net"
+    (folder / "unet").mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    (folder / "unet" / "model.safetensors").write_bytes(bytes(10))
+    return path
+
+
+def test_every_named_dataset_and_checkpoint_is_described():
+    entries = load_manifest()
+    assert set(DATASETS) <= set(entries["datasets"])
+    assert set(CHECKPOINTS) <= set(entries["checkpoints"])
+    for section in manifest.SECTIONS:
+        for name, entry in entries[section].items():
+            missing = REQUIRED - set(entry)
+            assert not missing, f"{section} {name} lacks {missing}"
+            assert all(entry[key] for key in TEXTS), name
+            assert entry["sha256"] is None or re.fullmatch(r"[0-9a-f]{64}", entry["sha256"]), name
+
+
+def test_readers_of_the_manifest_exist():
+    readers = {name: entry["reader"] for name, entry in load_manifest()["datasets"].items()}
+    assert {reader for reader in readers.values() if reader} <= set(READERS)
+    assert readers["mpdd"] == readers["synthad"] == readers["mvtec_ad"] == "mvtec"
+
+
+def test_hub_checkpoints_are_pinned_or_say_so():
+    for name, entry in load_manifest()["checkpoints"].items():
+        if entry["hub_id"] is None:
+            assert entry["path"], name
+        elif re.fullmatch(r"[0-9a-f]{40}", entry["revision"]):
+            assert entry["revision_note"].lower().startswith("pinned"), name
+        else:
+            assert entry["revision_note"].lower().startswith("not pinned"), name
+
+
+def test_shipped_checkpoints_are_those_of_the_manifest():
+    shipped = {name: entry for name, entry in load_manifest()["checkpoints"].items() if entry["path"]}
+    present = {name: e for name, e in shipped.items() if manifest.local_path(e).is_dir()}
+    if not present:
+        pytest.skip("no checkpoint folder in this checkout")
+    for name, entry in present.items():
+        assert verify(entry, manifest.local_path(entry)), f"not recorded: python -m zsad_lib.manifest {name}"
+        assert entry["size_bytes"] == manifest.folder_size(manifest.local_path(entry)), name
+
+
+def test_unknown_names_list_the_known_ones(small):
+    with pytest.raises(ManifestError, match="no dataset `tile` in .*; it has: net, tiles"):
+        dataset_entry("tile")
+    with pytest.raises(KeyError) as error:
+        checkpoint_entry("nets")
+    assert str(error.value).startswith("no checkpoint `nets`") and "last, net, other" in str(error.value)
+    assert dataset_entry("tiles") == {"title": "Tiles"}
+
+
+def test_the_manifest_lies_beside_the_package(monkeypatch):
+    monkeypatch.delenv("ZSAD_MANIFEST", raising=False)
+    assert manifest.manifest_path() == ROOT / "data_manifest.yaml"
+
+
+def test_unreadable_manifests(tmp_path, monkeypatch):
+    path = tmp_path / "m.yaml"
+    monkeypatch.setenv("ZSAD_MANIFEST", str(path))
+    with pytest.raises(ManifestError, match=r"no manifest at .*m\.yaml.*ZSAD_MANIFEST"):
+        load_manifest()
+    wrong = {"a: [": "not valid YAML", "datasets: {}": "no section `checkpoints:`", "": "no section"}
+    for text, reason in wrong.items():
+        path.write_text(text)
+        with pytest.raises(ManifestError, match=reason):
+            load_manifest()
+
+
+def test_folder_hash_sees_names_and_contents_only(small):
+    folder = small.parent / "weights" / "net"
+    first = folder_hash(folder)
+    assert re.fullmatch("[0-9a-f]{64}", first)
+    (folder / ".cache").mkdir()
+    (folder / ".cache" / "log").write_text("hidden")
+    (folder / "config.json").touch()
+    assert folder_hash(folder) == first
+    (folder / "config.json").write_text("{ }")
+    changed = folder_hash(folder)
+    (folder / "config.json").rename(folder / "other.json")
+    renamed = folder_hash(folder)
+    (folder / "unet" / "model.safetensors").rename(folder / "model.safetensors")
+    assert len({first, changed, renamed, folder_hash(folder)}) == 4
+
+
+def test_folder_hash_does_not_confuse_a_name_with_content(tmp_path):
+    for name, files in {"one": {"a": b"bc"}, "two": {"ab": b"c"}, "three": {"a": b"b", "b": b"c"}}.items():
+        (tmp_path / name).mkdir()
+        for file, content in files.items():
+            (tmp_path / name / file).write_bytes(content)
+    assert len({folder_hash(tmp_path / name) for name in ("one", "two", "three")}) == 3
+
+
+def test_verify(small):
+    folder = small.parent / "weights" / "net"
+    assert verify({"sha256": None}, folder) is False
+    assert verify({"sha256": folder_hash(folder)}, folder) is True
+    with pytest.raises(ManifestError, match="is not the checkpoint of the manifest"):
+        verify({"sha256": "0" * 64}, folder)
+    with pytest.raises(ManifestError, match="no folder at"):
+        verify({"sha256": None}, folder / "absent")
+    (small.parent / "void").mkdir()
+    with pytest.raises(ManifestError, match="holds no files"):
+        verify({"sha256": None}, small.parent / "void")
+
+
+def test_record_writes_one_entry_and_keeps_the_rest(small):
+    found = manifest.record("net")
+    assert found == {"size_bytes": 12, "sha256": folder_hash(small.parent / "weights" / "net")}
+    assert verify(checkpoint_entry("net"), manifest.local_path(checkpoint_entry("net")))
+    entries = load_manifest()
+    assert entries["datasets"]["net"]["sha256"] is None and entries["checkpoints"]["other"]["sha256"] is None
+    lines = zip(SMALL.splitlines(), small.read_text().splitlines(), strict=True)
+    changed = [before for before, after in lines if before != after]
+    assert [line.split(":")[0].strip() for line in changed] == ["size_bytes", "sha256"]
+    with pytest.raises(ManifestError, match="has no `path`"):
+        manifest.record("other")
+    before = small.read_text()
+    with pytest.raises(ManifestError, match="needs a line `size_bytes:`"):
+        manifest.record("last")
+    assert small.read_text() == before

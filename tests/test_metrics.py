@@ -1,0 +1,425 @@
+"""Metrics against the official numbers, scikit-learn, plain definitions and brute-force resampling."""
+
+import json
+import time
+import warnings
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import ndimage
+from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
+
+from conftest import shared_path
+from zsad_lib import metrics
+from zsad_lib.metrics import UndefinedMetric, aupro, auroc, average_precision, evaluate, f1_max, format_table
+
+CASES = ("smooth", "weak", "perfect", "perfect_binary", "inverted", "quantised", "diagonal", "outlier")
+LABELS = np.array([1] * 5 + [0] * 3)
+
+
+def golden(case):
+    values = json.loads(shared_path("golden/metrics/values.json").read_text())["cases"][case]
+    arrays = np.load(shared_path("golden/metrics/maps.npz"))
+    keys = ("masks", "maps", "image_scores", "image_scores_auprsp")
+    return values, *(arrays[f"{case}_{key}"] for key in keys)
+
+
+def toy(seed=0, n=9, size=20, levels=None):
+    """Images 0..n-4 hold one to a few defects, the last three none; `levels` quantises the maps."""
+    rng = np.random.default_rng(seed)
+    masks = ndimage.gaussian_filter(rng.normal(size=(n, size, size)), (0, 2, 2)) > 0.18
+    masks[-3:] = False
+    maps = rng.normal(size=masks.shape) + masks
+    if levels:
+        maps = np.round(maps * levels / 6)
+    labels = np.array([1] * (n - 3) + [0] * 3)
+    assert masks[:-3].any((1, 2)).all()
+    return labels, maps.max((1, 2)), maps.astype(np.float32), masks
+
+
+def sklearn_f1_max(labels, scores):
+    precision, recall, _ = precision_recall_curve(labels, scores)
+    return np.max(2 * precision * recall / np.maximum(precision + recall, 1e-300))
+
+
+def plain_aupro(masks, maps, limit=0.3):
+    """The definition, one threshold at a time."""
+    regions = []
+    for mask, score in zip(masks, maps, strict=True):
+        numbered, count = ndimage.label(mask, np.ones((3, 3)))
+        regions += [score[numbered == k] for k in range(1, count + 1)]
+    rates, overlaps = [0.0], [0.0]
+    for threshold in np.unique(maps)[::-1]:
+        rates.append(np.mean(maps[~masks] >= threshold))
+        overlaps.append(np.mean([np.mean(region >= threshold) for region in regions]))
+    grid = np.unique(np.append([r for r in rates if r < limit], limit))
+    area = 0.0
+    for left, right in zip(grid[:-1], grid[1:], strict=True):
+        # the curve can jump at a rate: start from the top of the jump
+        start = max(o for r, o in zip(rates, overlaps, strict=True) if r == left)
+        after = next(i for i, r in enumerate(rates) if r > left)
+        end = start + (overlaps[after] - start) * (right - left) / (rates[after] - left)
+        area += (start + end) / 2 * (right - left)
+    return area / limit
+
+
+def plain_official_aupro(masks, maps):
+    low, high = maps.min(), maps.max()
+    rates, overlaps = [], []
+    for threshold in np.arange(low, high, (high - low) / 200):
+        passed, parts = maps > threshold, []
+        for mask, hit in zip(masks, passed, strict=True):
+            numbered, count = ndimage.label(mask, np.ones((3, 3)))
+            parts += [hit[numbered == k].mean() for k in range(1, count + 1)]
+        rates.append(passed[~masks].mean())
+        overlaps.append(np.mean(parts))
+    rates, overlaps = np.array(rates), np.array(overlaps)
+    rates, overlaps = rates[rates < 0.3][::-1], overlaps[rates < 0.3][::-1]
+    return np.trapezoid(overlaps, rates / rates.max())
+
+
+# --------------------------------------------------------------------------------------------- golden values
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_exact_metrics_equal_the_golden_values(case):
+    values, masks, maps, image_scores, image_scores_ap = golden(case)
+    measured = {
+        "true_image_auroc": auroc(LABELS, image_scores),
+        "true_pixel_auroc": auroc(masks, maps),
+        "apsp": average_precision(LABELS, image_scores_ap),
+        "appx": average_precision(masks, maps),
+        "f1sp": f1_max(LABELS, image_scores),
+        "f1px": f1_max(masks, maps),
+        "aupro03_exact": aupro(masks, maps),
+    }
+    assert measured == {name: pytest.approx(values[name], abs=1e-9) for name in measured}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_official_metrics_equal_the_golden_values(case):
+    values, masks, maps, image_scores, _ = golden(case)
+    assert metrics.auroc_official(LABELS, image_scores) == pytest.approx(values["max"], abs=1e-9)
+    assert metrics.auroc_official(masks, maps) == pytest.approx(values["pixel"], abs=1e-9)
+    if isinstance(values["pro"], str):
+        with pytest.raises(UndefinedMetric, match="divisor, is 0"):
+            metrics.aupro_official(masks, maps)
+        return
+    assert metrics.aupro_official(masks, maps) == pytest.approx(values["pro"], abs=1e-6)
+    if values["official_pro_2000_thresholds"]:
+        fine = metrics.aupro_official(masks, maps, n_thresholds=2000)
+        assert fine == pytest.approx(values["official_pro_2000_thresholds"], abs=1e-6)
+
+
+@pytest.mark.parametrize("variant", ["exact", "official"])
+def test_evaluate_equals_the_golden_values(variant):
+    values, masks, maps, image_scores, _ = golden("inverted")
+    frame = evaluate(["a"] * 8, LABELS, image_scores, maps, masks, n_bootstrap=0, variant=variant)
+    measured = frame[frame.category == "a"].set_index("metric").value
+    image, pixel, pro = (("true_image_auroc", "true_pixel_auroc", "aupro03_exact") if variant == "exact"
+                         else ("max", "pixel", "pro"))
+    wanted = {"image_auroc": image, "pixel_auroc": pixel, "aupro": pro, "image_f1max": "f1sp",
+              "pixel_ap": "appx", "pixel_f1max": "f1px"}
+    for metric, key in wanted.items():
+        assert measured[metric] == pytest.approx(values[key], abs=1e-9), metric
+
+
+# ------------------------------------------------------------------------------------- definitions and limits
+
+
+@pytest.mark.parametrize("levels", [None, 2, 5, 40])
+@pytest.mark.parametrize("seed", range(4))
+def test_values_equal_scikit_learn(seed, levels):
+    _, _, maps, masks = toy(seed, levels=levels)
+    flat, scores = masks.ravel(), maps.ravel()
+    assert auroc(masks, maps) == pytest.approx(roc_auc_score(flat, scores), abs=1e-12)
+    assert average_precision(masks, maps) == pytest.approx(average_precision_score(flat, scores), abs=1e-12)
+    assert f1_max(masks, maps) == pytest.approx(sklearn_f1_max(flat, scores), abs=1e-12)
+
+
+@pytest.mark.parametrize("levels", [None, 2, 5, 40])
+@pytest.mark.parametrize("limit", [0.05, 0.3, 1.0])
+def test_aupro_equals_its_definition(levels, limit):
+    _, _, maps, masks = toy(5, levels=levels)
+    assert aupro(masks, maps, limit) == pytest.approx(plain_aupro(masks, maps, limit), abs=1e-12)
+
+
+def test_small_work_arrays_change_nothing(monkeypatch):
+    labels, scores, maps, masks = toy(1, levels=9)
+    whole = evaluate(["a"] * 9, labels, scores, maps, masks, n_bootstrap=20)
+    monkeypatch.setattr(metrics, "BLOCK", 3 * 21)
+    pieces = evaluate(["a"] * 9, labels, scores, maps, masks, n_bootstrap=20)
+    pd.testing.assert_frame_equal(whole, pieces, rtol=1e-12)
+
+
+def test_perfect_inverted_and_constant_maps():
+    _, _, maps, masks = toy(2)
+    perfect = masks + np.random.default_rng(0).random(masks.shape) / 2
+    for metric in (auroc, average_precision, f1_max, aupro):
+        assert metric(masks, perfect) == pytest.approx(1, abs=1e-12)
+    assert aupro(masks, -perfect) == 0
+    assert auroc(masks, -perfect) == 0
+    constant = np.full(masks.shape, 0.1)
+    assert auroc(masks, constant) == 0.5
+    assert average_precision(masks, constant) == pytest.approx(masks.mean())
+    assert aupro(masks, constant) == pytest.approx(0.15)
+
+
+def test_regions_touching_at_a_corner_are_one_and_count_alike_whatever_their_area():
+    masks = np.zeros((2, 12, 12), bool)
+    masks[0, 2, 2] = masks[0, 3, 3] = True  # one region of two pixels
+    masks[1, 4:8, 4:8] = True  # one of sixteen
+    found = np.zeros(masks.shape)
+    found[0, 2, 2] = 1
+    found[1, 4:8, 4:8] = 1
+    step = 0.75  # half of one region and all of the other, at no false positive
+    assert aupro(masks, found, limit=1e-6) == pytest.approx(step, abs=1e-5)
+    assert aupro(masks, found) == pytest.approx(step + (1 - step) * 0.15)
+
+
+def test_values_do_not_depend_on_the_order_of_images():
+    labels, scores, maps, masks = toy(3)
+    names = np.array(["b", "a", "b"] * 3)
+    labels[2], masks[2] = 0, False
+    order = np.random.default_rng(1).permutation(9)
+    given = evaluate(names, labels, scores, maps, masks)
+    mixed = evaluate(names[order], labels[order], scores[order], maps[order], masks[order])
+    pd.testing.assert_frame_equal(given, mixed, rtol=1e-12)
+    assert given.value.notna().all() and (given.low < given.high).any()
+
+
+# --------------------------------------------------------------------------------- undefined and wrong inputs
+
+
+@pytest.mark.parametrize("metric", [auroc, average_precision, f1_max, metrics.auroc_official])
+@pytest.mark.parametrize("labels, scores, reason", [
+    ([0, 0, 0], [1, 2, 3], "no anomalous item among 3"),
+    ([1, 1], [1, 2], "no normal item among 2"),
+    ([0, 1, 1], [1, np.nan, np.inf], "2 of 3 item scores are NaN or infinite"),
+    ([], [], "no item at all"),
+])
+def test_undefined_image_metrics_say_why(metric, labels, scores, reason):
+    with pytest.raises(UndefinedMetric, match=reason):
+        metric(labels, scores)
+
+
+@pytest.mark.parametrize("metric", [aupro, metrics.aupro_official])
+def test_undefined_region_metrics_say_why(metric):
+    maps = np.random.default_rng(0).random((2, 4, 4))
+    with pytest.raises(UndefinedMetric, match="no anomalous pixel"):
+        metric(np.zeros((2, 4, 4), bool), maps)
+    with pytest.raises(UndefinedMetric, match="no normal pixel"):
+        metric(np.ones((2, 4, 4), bool), maps)
+    maps[0, 0, 0] = np.nan
+    with pytest.raises(UndefinedMetric, match="1 of 32 pixel scores"):
+        metric(np.eye(4, dtype=bool)[None].repeat(2, 0), maps)
+
+
+def test_official_thresholds_are_float32_and_strict():
+    _, _, maps, masks = toy(6)
+    maps = np.clip(np.round(100 + 30 * maps), 0, 200)
+    maps[-1, 0, :2] = 0, 200  # the 200 thresholds are 0, 1, ..., 199: every score ties with one
+    wanted = plain_official_aupro(masks, maps)
+    assert metrics.aupro_official(masks, maps) == pytest.approx(wanted, abs=1e-9)
+    nudged = maps + 1e-9 * (maps * masks).astype(float)  # gone in float32; in float64 the ties would break
+    assert metrics.aupro_official(masks, nudged) == pytest.approx(wanted, abs=1e-9)
+    frame = evaluate(["a"] * 9, masks.any((1, 2)), np.arange(9), nudged, masks, variant="official")
+    assert frame.value[6] == pytest.approx(wanted, abs=1e-9) and frame.metric[6] == "aupro"
+
+
+def test_official_aupro_is_undefined_where_the_official_code_fails():
+    masks = np.zeros((1, 10, 10), bool)
+    masks[0, :3, :3] = True
+    with pytest.raises(UndefinedMetric, match="all maps are constant"):
+        metrics.aupro_official(masks, np.ones(masks.shape))
+    with pytest.raises(UndefinedMetric, match="two are needed"):
+        metrics.aupro_official(masks, np.where(masks | (np.arange(100).reshape(1, 10, 10) < 99), 1.0, 0.0))
+
+
+@pytest.mark.parametrize("call, message", [
+    (lambda: auroc([0, 1], [1, 2, 3]), r"\(2,\) and scores \(3,\)"),
+    (lambda: auroc([0, 255], [1, 2]), "found 255: threshold masks first"),
+    (lambda: auroc([0, -1], [1, 2]), "images without a label"),
+    (lambda: auroc([0, 1], ["a", "b"]), "scores must be numbers"),
+    (lambda: aupro(np.zeros((4, 4)), np.zeros((4, 4))), r"must both be \[B,H,W\]"),
+    (lambda: aupro(np.zeros((1, 4, 4)), np.zeros((1, 4, 5))), r"must both be \[B,H,W\]"),
+    (lambda: aupro(np.eye(4)[None], np.zeros((1, 4, 4)), limit=30), "false positive rate"),
+    (lambda: evaluate(["a"], [0, 1], [1, 2]), "one entry per image"),
+    (lambda: evaluate(["a"] * 2, [0, 1], [[1], [2]]), "one score each"),
+    (lambda: evaluate([], [], []), "at least one image"),
+    (lambda: evaluate(["a"] * 2, [0, 1], [1, 2], variant="fast"), "got 'fast'"),
+    (lambda: evaluate(["a"] * 2, [0, 1], [1, 2], np.ones((2, 4, 4)), np.ones((2, 4, 4))), "image 0 .a. is"),
+    (lambda: format_table(evaluate(["a"] * 2, [0, 1], [1, 2]), ["f1"]), "no such metric"),
+])
+def test_wrong_inputs_are_named(call, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        call()
+    assert not isinstance(caught.value, UndefinedMetric)
+
+
+# ------------------------------------------------------------------------------------------------ bootstrap
+
+
+@pytest.mark.parametrize("levels", [None, 6])
+def test_draws_equal_brute_force_resampling(levels):
+    labels, scores, maps, masks = toy(4, size=14, levels=levels)
+    maps[3] += 8  # draws without this image span other thresholds in the official variant
+    rng = np.random.default_rng(0)
+    weights = rng.multinomial(9, [1 / 9] * 9, size=6).T.astype(float)
+    weights[:, 0] = 1
+    weights[-1], weights[0] = 1, 2  # both classes in every draw
+    exact = metrics._measure("image", labels == 1, scores, weights, "exact")
+    exact |= metrics._measure("pixel", masks, maps, weights, "exact")
+    official = metrics._measure("pixel", masks, maps, weights, "official")
+    assert set(exact) == set(metrics.METRICS)
+    for draw, counts in enumerate(weights.T.astype(int)):
+        picked = np.repeat(np.arange(9), counts)
+        image, pixel = (labels[picked], scores[picked]), (masks[picked].ravel(), maps[picked].ravel())
+        wanted = {f"{item}_{name}": function(*pair) for item, pair in (("image", image), ("pixel", pixel))
+                  for name, function in (("auroc", roc_auc_score), ("ap", average_precision_score),
+                                         ("f1max", sklearn_f1_max))}
+        wanted["aupro"] = plain_aupro(masks[picked], maps[picked])
+        for metric, value in wanted.items():
+            assert exact[metric][draw] == pytest.approx(value, abs=1e-12), metric
+        value = plain_official_aupro(masks[picked], maps[picked])
+        assert official["aupro"][draw] == pytest.approx(value, abs=1e-9)
+
+
+def test_draws_are_stratified_whole_sets():
+    labels = np.array([0] * 30 + [1] * 10, bool)
+    weights = metrics._draws(labels, "a", "a", 400, seed=0)
+    assert (weights[:, 0] == 1).all()
+    assert (weights[:30].sum(0) == 30).all() and (weights[30:].sum(0) == 10).all()
+    assert np.abs(weights[:, 1:].mean(1) - 1).max() < 0.25  # every image is as likely as any other
+    assert weights[:, 1:].var() == pytest.approx(1, abs=0.1)  # with replacement: nearly Poisson counts
+    assert (metrics._draws(labels, "a", "a", 400, seed=1) != weights).any()
+    other = metrics._draws(labels, "a", "a/dent", 400, seed=0)
+    assert (other[:30] == weights[:30]).all() and (other[30:] != weights[30:]).any()
+
+
+def test_intervals_are_percentiles_of_the_draws_and_ignore_other_categories():
+    labels, scores, maps, masks = toy(6, n=12)
+    order = np.lexsort((maps.sum((1, 2)), scores))
+    draws = [auroc(labels[order][rows], scores[order][rows]) for rows in
+             (np.repeat(np.arange(12), column) for column in
+              metrics._draws(labels[order] == 1, "a", "a", 50, seed=3)[:, 1:].T.astype(int))]
+    alone = evaluate(["a"] * 12, labels, scores, maps, masks, n_bootstrap=50, seed=3, confidence=0.8)
+    low, high = np.quantile(draws, [0.1, 0.9])
+    assert (alone.low[0], alone.high[0]) == pytest.approx((low, high))
+    assert alone.metric[0] == "image_auroc" and low < alone.value[0] < high
+    both = evaluate(["a"] * 12 + ["b"] * 12, np.tile(labels, 2), np.tile(scores, 2), np.tile(maps, (2, 1, 1)),
+                    np.tile(masks, (2, 1, 1)), n_bootstrap=50, seed=3, confidence=0.8)
+    pd.testing.assert_frame_equal(both[both.category == "a"], alone[alone.category == "a"])
+    width = both.assign(width=both.high - both.low).pivot(index="category", columns="metric", values="width")
+    assert (width.loc["a"] != width.loc["b"]).any()  # categories draw independently,
+    assert width.loc["mean"].sum() < 0.9 * width.loc[["a", "b"]].mean().sum()  # so their mean varies less
+
+
+def test_bootstrap_is_fast():
+    labels, scores, maps, masks = toy(7, n=30, size=64)
+    start = time.perf_counter()
+    evaluate(["a"] * 30, labels, scores, maps, masks, n_bootstrap=200)
+    assert time.perf_counter() - start < 3
+
+
+def test_draws_without_a_defect_pixel_are_left_out():
+    labels, scores, maps, masks = toy(8, n=6)
+    masks[1:] = False  # of three anomalous images, one has a mask
+    for variant in ("exact", "official"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            frame = evaluate(["a"] * 6, labels, scores, maps, masks, variant=variant)
+        assert frame[["value", "low", "high"]].notna().all(axis=None)
+        assert (frame.low > 0).all()
+
+
+def test_draws_without_a_normal_pixel_are_left_out():
+    _, _, maps, masks = toy(8, n=6)
+    masks[0] = True
+    weights = np.ones((6, 2))
+    weights[:, 1] = [6, 0, 0, 0, 0, 0]
+    for variant in ("exact", "official"):
+        for metric, values in metrics._measure("pixel", masks, maps, weights, variant).items():
+            assert np.isfinite(values[0]) and np.isnan(values[1]), metric
+
+
+# ------------------------------------------------------------------------------------------------ the frame
+
+
+def test_frame_gives_reasons_and_averages_what_is_defined():
+    labels, scores, maps, masks = toy(0, n=12)
+    names = np.array(["screw"] * 4 + ["cable"] * 3 + ["nut"] * 5)
+    labels[[0, 4, 9]] = 0, 0, 1  # cable and screw get a normal image
+    masks[[0, 4]] = False
+    labels[7:], masks[7:] = 0, False  # nut has no anomalous image
+    frame = evaluate(names, labels, scores, maps, masks, n_bootstrap=10)
+    assert tuple(frame.columns) == metrics.COLUMNS and len(frame) == 4 * 7
+    assert list(dict.fromkeys(frame.category)) == ["cable", "nut", "screw", "mean"]
+    cells = frame.set_index(["category", "metric"])
+    assert np.isnan(cells.value["nut", "image_ap"])
+    assert "no anomalous image among 5" in cells.reason["nut", "image_ap"]
+    assert "no anomalous pixel" in cells.reason["nut", "aupro"]
+    assert tuple(cells.loc[("nut", "aupro"), ["n_normal", "n_anomalous"]]) == (5, 0)
+    for metric in metrics.METRICS:
+        parts = cells.value["cable", metric], cells.value["screw", metric]
+        assert cells.value["mean", metric] == pytest.approx(np.mean(parts), abs=1e-12)
+        assert cells.reason["mean", metric] == "left out: nut" and cells.reason["screw", metric] == ""
+        assert tuple(cells.loc[("mean", metric), ["n_normal", "n_anomalous"]]) == (2, 5)
+    assert frame.attrs == {"variant": "exact", "n_bootstrap": 10, "seed": 0, "confidence": 0.95}
+
+
+def test_frame_without_maps_or_masks_or_with_broken_scores():
+    labels, scores, maps, masks = toy(1)
+    bare = evaluate(["a"] * 9, labels, scores, n_bootstrap=0).set_index(["category", "metric"])
+    assert bare.reason["a", "aupro"] == "no anomaly maps" and np.isnan(bare.value["mean", "aupro"])
+    assert bare.reason["mean", "aupro"] == "undefined in every category: a"
+    assert bare.value["a", "image_auroc"] == auroc(labels, scores) and np.isnan(bare.low["a", "image_auroc"])
+    unmasked = evaluate(["a"] * 9, labels, scores, maps, n_bootstrap=0).set_index(["category", "metric"])
+    assert unmasked.reason["a", "pixel_ap"] == "no masks"
+    scores[2] = np.nan
+    broken = evaluate(["a"] * 9, labels, scores, maps, masks, n_bootstrap=5).set_index(["category", "metric"])
+    assert "1 of 9 image scores are NaN" in broken.reason["a", "image_f1max"]
+    assert broken.value["a", "pixel_auroc"] == pytest.approx(auroc(masks, maps))
+
+
+def test_official_variant_changes_only_auroc_and_aupro():
+    labels, scores, maps, masks = toy(2)
+    scores += 2 * labels
+    exact, official = (evaluate(["a"] * 9, labels, -scores, -maps, masks, n_bootstrap=30, variant=variant)
+                       .query("category == 'a'").set_index("metric") for variant in ("exact", "official"))
+    for metric in ("image_auroc", "pixel_auroc"):
+        assert exact.value[metric] < 0.5 and official.value[metric] == pytest.approx(1 - exact.value[metric])
+        assert official.low[metric] >= 0.5
+    assert official.value["aupro"] == pytest.approx(plain_official_aupro(masks, -maps), abs=1e-9)
+    same = ["image_ap", "image_f1max", "pixel_ap", "pixel_f1max"]
+    pd.testing.assert_frame_equal(exact.loc[same], official.loc[same])
+    binary = evaluate(["a"] * 9, labels, scores, 1.0 * masks, masks, n_bootstrap=5, variant="official")
+    binary = binary.set_index(["category", "metric"])
+    assert "divisor, is 0" in binary.reason["a", "aupro"] and binary.value["a", "pixel_auroc"] == 1
+
+
+def test_defect_types_are_measured_against_all_normal_images_of_their_category():
+    labels, scores, maps, masks = toy(3)
+    defects = np.array(["dent", "hole", "dent", "hole", "hole", "dent", "good", "good", "good"])
+    frame = evaluate(["a"] * 9, labels, scores, maps, masks, n_bootstrap=20, defects=defects)
+    assert list(dict.fromkeys(frame.category)) == ["a/dent", "a/hole", "mean"]
+    cells = frame.set_index(["category", "metric"])
+    for kind in ("dent", "hole"):
+        rows = (defects == kind) | (defects == "good")
+        assert cells.value[f"a/{kind}", "image_auroc"] == auroc(labels[rows], scores[rows])
+        assert cells.value[f"a/{kind}", "aupro"] == pytest.approx(aupro(masks[rows], maps[rows]))
+        assert tuple(cells.loc[(f"a/{kind}", "aupro"), ["n_normal", "n_anomalous"]]) == (3, 3)
+    assert tuple(cells.loc[("mean", "aupro"), ["n_normal", "n_anomalous"]]) == (3, 6)
+
+
+def test_format_table():
+    frame = pd.DataFrame([("b", "aupro", 0.8721, 0.8409, 0.9), ("b", "image_ap", 1.0, np.nan, np.nan),
+                          ("a", "aupro", np.nan, np.nan, np.nan), ("a", "image_ap", 0.5, 0.25, 0.75),
+                          ("mean", "aupro", 0.8721, 0.8409, 0.9), ("mean", "image_ap", 0.75, 0.7, 0.8)],
+                         columns=["category", "metric", "value", "low", "high"])
+    table = format_table(frame)
+    assert list(table.index) == ["b", "a", "mean"] and list(table.columns) == ["aupro", "image_ap"]
+    assert list(table.aupro) == ["87.2 [84.1, 90.0]", "n/a", "87.2 [84.1, 90.0]"]
+    assert table.image_ap["b"] == "100.0"
+    assert list(format_table(frame, ["image_ap"]).columns) == ["image_ap"]

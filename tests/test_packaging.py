@@ -1,0 +1,188 @@
+"""The files that describe the project agree with each other, and the tree keeps its own rules."""
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from importlib import metadata
+
+import pytest
+import yaml
+
+from conftest import ROOT
+
+# Ground floor first. A module may import its own floor and the floors below it, never one above.
+FLOORS = [
+    ["canvas", "scenes", "synthad", "metrics", "manifest"],
+    ["datasets", "backbones", "maps", "ddim"],
+    ["methods"],
+    ["profiles", "training", "scoring"],
+    ["plots", "widgets", "report", "cli"],
+]
+PACKAGE = ROOT / "zsad_lib"
+MEGABYTE = 10**6
+
+
+def normal(name):
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def pyproject():
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def environment():
+    return yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+
+
+def required(with_tests=True):
+    project = pyproject()["project"]
+    requirements = project["dependencies"] + (project["optional-dependencies"]["test"] if with_tests else [])
+    names = [normal(re.match(r"[A-Za-z0-9._-]+", requirement)[0]) for requirement in requirements]
+    assert len(set(names)) == len(names), "a requirement is listed twice"
+    return set(names)
+
+
+def pins():
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line.strip()]
+    wrong = [line for line in lines if not re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.!]+", line)]
+    assert not wrong, f"constraints.txt holds only NAME==VERSION, not {wrong}"
+    return {normal(line.split("==")[0]): line.split("==")[1] for line in lines}
+
+
+def tracked_files():
+    """Files of the checkout that git tracks or would track; skips outside a checkout."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    try:
+        listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("not a git checkout")
+    return [path for path in (ROOT / line for line in listed.splitlines()) if path.is_file()]
+
+
+def imported(tree, package):
+    """Dotted names that a module of `package` (a list of names) imports, inside functions too."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            outer = package[: len(package) - node.level + 1] if node.level else []
+            base = ".".join([*outer, *([node.module] if node.module else [])])
+            names |= {f"{base}.{alias.name}" for alias in node.names}
+    return names
+
+
+# --- packaging
+
+
+def test_every_requirement_is_pinned():
+    assert not required() - set(pins()), "add these to constraints.txt"
+    assert pins()["torch"] == "2.13.0"
+
+
+@pytest.mark.parametrize("folder", ["zsad_lib", "tests"])
+def test_every_import_is_a_requirement(folder):
+    allowed = required(with_tests=folder == "tests")
+    local = {"zsad_lib"} | {path.stem for path in (ROOT / "tests").glob("*.py")}
+    providers = metadata.packages_distributions()
+    unnamed = set()
+    for path in (ROOT / folder).rglob("*.py"):
+        package = list(path.relative_to(ROOT).parent.parts)
+        names = {name.split(".")[0] for name in imported(ast.parse(path.read_text()), package)}
+        for name in names - local - set(sys.stdlib_module_names):
+            if not {normal(dist) for dist in providers.get(name, [])} & allowed:
+                unnamed.add(f"{path.relative_to(ROOT)}: {name}")
+    assert not unnamed
+
+
+def test_conda_installs_what_pip_installs():
+    pip = next(entry["pip"] for entry in environment() if isinstance(entry, dict))
+    assert pip == ["-c constraints.txt", "-e .[test]"]
+    makefile = (ROOT / "Makefile").read_text()
+    assert "-c constraints.txt -e '.[test]'" in makefile
+
+
+def test_one_python_version():
+    conda = next(entry for entry in environment() if str(entry).startswith("python="))
+    project = pyproject()
+    least = re.fullmatch(r">=(3\.\d+)", project["project"]["requires-python"])[1]
+    assert conda == f"python={least}"
+    assert project["tool"]["ruff"]["target-version"] == "py" + least.replace(".", "")
+
+
+def test_version_and_licence_agree():
+    project = pyproject()["project"]
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == project["version"]
+    assert citation["license"] == project["license"] == "Apache-2.0"
+    assert "Apache License" in (ROOT / "LICENSE").read_text()
+    assert len(citation["references"]) == 4
+
+
+# --- floors
+
+
+def imported_rooms(tree, package):
+    """First-level rooms of zsad_lib that a module imports."""
+    return {name.split(".")[1] for name in imported(tree, package) if name.startswith("zsad_lib.")}
+
+
+def floor_of(room):
+    return next((level for level, rooms in enumerate(FLOORS) if room in rooms), None)
+
+
+def test_every_module_has_a_floor():
+    rooms = {path.stem if path.is_file() else path.name for path in PACKAGE.iterdir()}
+    rooms = {room for room in rooms if not room.startswith("__")}
+    assert not {room for room in rooms if floor_of(room) is None}, "name its floor in tests/test_packaging.py"
+
+
+def test_lower_floors_never_import_higher_ones():
+    seen, upward = set(), []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = ("zsad_lib", *path.relative_to(PACKAGE).with_suffix("").parts)
+        rooms = imported_rooms(ast.parse(path.read_text()), list(parts[:-1]))
+        if parts == ("zsad_lib", "__init__"):
+            assert not rooms, "the package itself stands below every floor"
+            continue
+        for room in rooms:
+            level = floor_of(room)
+            if level is not None:  # a name such as __version__ is no room
+                seen.add((parts[1], room))
+                if level > floor_of(parts[1]):
+                    upward.append(f"{path.relative_to(ROOT)} imports {room}")
+    assert not upward
+    assert ("datasets", "manifest") in seen, "the imports were not found"
+
+
+def test_imports_are_recognised_in_every_form():
+    absolute = ["import zsad_lib.cli", "from zsad_lib import cli", "from zsad_lib.cli import main"]
+    for line in [*absolute, "from . import cli"]:
+        assert imported_rooms(ast.parse(f"def f():\n    {line}\n"), ["zsad_lib"]) == {"cli"}, line
+    assert imported_rooms(ast.parse("from ..ddim import invert"), ["zsad_lib", "methods"]) == {"ddim"}
+
+
+# --- the tree
+
+
+def test_no_file_holds_a_path_of_one_machine():
+    pattern = re.compile(r"/(work|farm)/")
+    found = []
+    for path in tracked_files():
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            continue
+        lines = enumerate(text.splitlines(), 1)
+        found += [f"{path.relative_to(ROOT)}:{n}" for n, line in lines if pattern.search(line)]
+    assert not found
+
+
+def test_checkpoints_stay_small():
+    sizes = {path: path.stat().st_size for path in (ROOT / "checkpoints").rglob("*") if path.is_file()}
+    if not sizes:
+        pytest.skip("no checkpoints in this checkout")
+    assert not [str(path.relative_to(ROOT)) for path, size in sizes.items() if size >= 16 * MEGABYTE]
+    assert sum(sizes.values()) < 60 * MEGABYTE

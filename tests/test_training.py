@@ -1,0 +1,112 @@
+"""Training: resumed equals uninterrupted, recipes write directories the ordinary loaders read."""
+
+import numpy as np
+import pytest
+import torch
+
+from zsad_lib import synthad, training
+from zsad_lib.backbones import load_backbone, load_features
+
+
+def _fit(folder, steps=12, seed=0, stop_after=None, every=4):
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3, 1)
+    calls = []
+
+    def loss(m, generator):
+        calls.append(1)
+        if stop_after and len(calls) > stop_after:
+            raise KeyboardInterrupt
+        x = torch.randn(8, 3, generator=generator)
+        return (m(x) - x.sum(1, keepdim=True) + 0.1 * torch.randn(8, 1)).square().mean()
+
+    folder.mkdir(exist_ok=True)
+    return training.fit("line", model, loss, folder, steps, 1e-1, seed, 0.5, every), len(calls)
+
+
+def test_a_run_stopped_and_resumed_ends_with_the_same_weights(tmp_path):
+    whole, _ = _fit(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        _fit(tmp_path / "stopped", stop_after=9)
+    resumed, calls = _fit(tmp_path / "stopped")
+    assert calls == 12 - 8  # the last checkpoint was at step 8
+    torch.testing.assert_close(resumed.weight, whole.weight, rtol=0, atol=0)
+
+
+def test_training_lowers_the_loss_and_depends_on_the_seed(tmp_path):
+    one, _ = _fit(tmp_path / "one", steps=60, every=60)
+    two, _ = _fit(tmp_path / "two", steps=60, seed=1, every=60)
+    assert (one.weight - 1).abs().max() < 0.2
+    assert not torch.equal(one.weight, two.weight)
+
+
+def test_a_work_folder_of_another_plan_is_refused(tmp_path):
+    _fit(tmp_path, steps=4)
+    with pytest.raises(training.TrainingError, match="4 steps with seed 0"):
+        _fit(tmp_path, steps=5)
+
+
+def test_unknown_recipe():
+    with pytest.raises(training.TrainingError, match="lite-foundation"):
+        training.train("stable-diffusion")
+
+
+def test_mixed_prompts_hold_all_three_kinds():
+    captions = ["An image of a gauge, rim black"] * 200
+    mixed = training.mix_prompts(captions, torch.Generator().manual_seed(0))
+    share = {text: mixed.count(text) / 200 for text in ("", "An image of a gauge", captions[0])}
+    assert sum(share.values()) == pytest.approx(1)
+    assert share[""] == pytest.approx(0.1, abs=0.06) and share["An image of a gauge"] == pytest.approx(0.4, abs=0.1)
+
+
+def test_every_word_of_the_captions_is_one_token(tmp_path):
+    captions = [synthad.draw(name, f"t/{k}").caption for name in synthad.CATEGORIES for k in range(4)]
+    tokenizer = training.build_tokenizer(captions, tmp_path / "tokenizer")
+    for text in captions:
+        tokens = tokenizer.tokenize(text)
+        assert tokens == [w + "</w>" for w in text.lower().replace(",", " ,").split()]
+        assert len(tokens) + 2 <= training.MAX_TOKENS
+    assert tokenizer("zebra").input_ids != tokenizer("quokka").input_ids  # unknown words still differ, by bytes
+
+
+def test_training_images_are_none_of_the_benchmarks():
+    drawn = {synthad.draw("gauge", f"train/0/{k}").image.tobytes() for k in range(8)}
+    test = {
+        synthad.draw("gauge", seed).image.tobytes()
+        for _, defect, _, seed in synthad.benchmark("gauge")
+        if defect == "good"
+    }
+    assert len(drawn) == 8 and not drawn & test
+
+
+def test_photograph_crops_are_pictures_and_repeatable():
+    crops, captions = training._photograph_crops("brick", 0, 3, 64)
+    again, _ = training._photograph_crops("brick", 0, 3, 64)
+    assert crops.shape == (3, 64, 64, 3) and crops.std() > 5
+    np.testing.assert_array_equal(crops, again)
+    assert captions == ["A photograph of brick"] * 3
+
+
+@pytest.fixture
+def in_tmp(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_foundation_recipe_writes_a_pipeline_that_loads(in_tmp):
+    options = {"categories": ("gauge",), "per_category": 2, "vae_steps": 1}
+    out = training.train("lite-foundation", "small", steps=2, device="cpu", **options)
+    backbone = load_backbone(out, device="cpu")
+    assert backbone.latent_shape == (4, 16, 16) and backbone.image_size == 64
+    image = torch.rand(1, 3, 64, 64)
+    assert backbone.decode(backbone.encode(image)).shape == image.shape
+    text = backbone.embed(["An image of a gauge"])
+    assert torch.isfinite(backbone.predict_noise(torch.randn(1, 4, 16, 16), 500, text)).all()
+    assert sum(f.stat().st_size for f in out.rglob("*.safetensors")) < 20e6
+
+
+def test_the_features_recipe_writes_a_resnet_that_loads(in_tmp):
+    out = training.train("lite-features", "small", steps=2, device="cpu", categories=("gauge",), per_category=2)
+    features = load_features(out, device="cpu")
+    maps = features(torch.rand(2, 3, 64, 64))
+    assert len(maps) >= 2 and all(m.shape[0] == 2 and torch.isfinite(m).all() for m in maps)

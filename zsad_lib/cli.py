@@ -1,0 +1,341 @@
+"""The command `zsad`: data, training, scoring, evaluation and the report, each a thin layer over the library.
+
+Every command imports what it needs when it runs, so `zsad --help` answers at once.
+"""
+
+import json
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    help="Diffusion-based zero-shot anomaly detection: score a dataset, then print the table.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+data = typer.Typer(help="Datasets: generate, list, check.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(data, name="data")
+
+BASELINES = ("local_contrast", "median", "patch_knn")
+KNOWN_ERRORS = {  # their messages say what to do; a module that is not loaded cannot have raised one
+    "backbones": "BackboneError",
+    "datasets": "DatasetError",
+    "manifest": "ManifestError",
+    "methods.base": "MethodError",
+    "metrics": "UndefinedMetric",
+    "report": "ReportError",
+    "scoring": "ScoringError",
+    "training": "TrainingError",
+}
+
+Format = StrEnum("Format", ["table", "csv", "markdown", "latex"])
+Variant = StrEnum("Variant", ["exact", "official"])
+RandomWeights = StrEnum("RandomWeights", ["unet", "all"])
+
+Profile = Annotated[str, typer.Option(help="Names and sizes: lite (offline, CPU) or paper (SD, GPU).")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Runs = Annotated[Path, typer.Option(help="Folder of the run folders.")]
+
+
+def main() -> None:
+    """Entry point of the console script: errors with a known cause end in one line and exit code 2."""
+    try:
+        app()
+    except Exception as error:
+        if not isinstance(error, _known_errors()):
+            raise
+        typer.echo(f"zsad: {error}", err=True)
+        sys.exit(2)
+
+
+def _known_errors() -> tuple[type[Exception], ...]:
+    loaded = ((sys.modules.get(f"zsad_lib.{room}"), name) for room, name in KNOWN_ERRORS.items())
+    return tuple(getattr(module, name) for module, name in loaded if module)
+
+
+# ------------------------------------------------------------------------------------------------- data
+
+
+@data.command("make")
+def data_make(
+    name: Annotated[str, typer.Argument(help="synthad, the one dataset that is generated.")] = "synthad",
+    out: Annotated[Path, typer.Option(help="Where to.")] = Path("data/synthad"),
+) -> None:
+    """Generate the procedural dataset; what is there already is kept."""
+    if name != "synthad":
+        from zsad_lib.manifest import dataset_entry
+
+        raise typer.BadParameter(f"{name} is not generated. {dataset_entry(name)['fetch'].strip()}")
+    from zsad_lib import synthad
+
+    synthad.export(out)
+    typer.echo(f"synthad is in {out}")
+
+
+@data.command("list")
+def data_list() -> None:
+    """The datasets of data_manifest.yaml: licence, layout, and how to get them."""
+    from zsad_lib.manifest import load_manifest
+
+    for name, entry in load_manifest()["datasets"].items():
+        state = "" if entry["reader"] else " (no reader yet)"
+        typer.echo(f"{name}{state}: {entry['title']}")
+        typer.echo(f"  licence: {entry['licence']}\n  layout: {entry['layout']}")
+        typer.echo(f"  to get it: {' '.join(entry['fetch'].split())}\n")
+
+
+@data.command("check")
+def data_check(
+    name: Annotated[str, typer.Argument(help="A dataset of `zsad data list`, or folder.")],
+    root: Annotated[Path | None, typer.Option(help="Its folder (default: data/NAME).")] = None,
+) -> None:
+    """Read every image and mask; name the bad ones and exit with code 1 when there are any."""
+    from tqdm.auto import tqdm
+
+    from zsad_lib.datasets import DatasetError, load_dataset, load_masks, read_image
+
+    dataset, bad = load_dataset(name, root, split=None), []
+    for sample in tqdm(dataset.samples, unit="img"):
+        try:
+            read_image(sample.image_path)
+            if sample.mask_path:
+                load_masks([sample], 64)
+        except DatasetError as error:
+            bad.append(str(error))
+    typer.echo(f"{name} in {dataset.root}: {len(dataset)} images of {len(dataset.categories)} categories")
+    for line in bad:
+        typer.echo(f"bad: {line}")
+    typer.echo(f"{len(bad)} bad" if bad else "all readable")
+    raise typer.Exit(1 if bad else 0)
+
+
+# --------------------------------------------------------------------------------- training and scoring
+
+
+@app.command()
+def train(
+    name: Annotated[str, typer.Argument(help="Which model.")],
+    out: Annotated[Path | None, typer.Option(help="Where the checkpoint goes.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Training steps (default: the model's own).")] = None,
+    seed: int = 0,
+    device: Device = "auto",
+    resume: Annotated[bool, typer.Option(help="Go on from the last saved state.")] = True,
+) -> None:
+    """Train one of the compact models of the lite profile."""
+    from zsad_lib import training
+
+    given = {key: value for key, value in (("out", out), ("steps", steps)) if value is not None}
+    path = training.train(name, seed=seed, device=device, resume=resume, **given)
+    typer.echo(f"{name} is in {path}")
+
+
+@app.command()
+def score(
+    method: Annotated[str, typer.Option(help="A method by name, or all.")] = "divad",
+    dataset: Annotated[str, typer.Option(help="A dataset of `zsad data list`, or folder.")] = "synthad",
+    root: Annotated[Path | None, typer.Option(help="Its folder (default: data/DATASET).")] = None,
+    profile: Profile = "lite",
+    backbone: Annotated[
+        str | None, typer.Option(help="Folder, checkpoint name or hub id (default: the profile's).")
+    ] = None,
+    features: Annotated[str | None, typer.Option(help="Likewise, for the features of the map.")] = None,
+    random_weights: Annotated[
+        RandomWeights | None,
+        typer.Option(help="What the control re-initialises (default: unet); with --only, score just that."),
+    ] = None,
+    only: Annotated[bool, typer.Option("--only", help="Just --method, no controls beside it.")] = False,
+    options: Annotated[
+        list[str], typer.Option("--set", help="Option of the method, e.g. --set start=matched; repeatable.")
+    ] = [],  # noqa: B006 typer copies it
+    category: Annotated[list[str], typer.Option(help="Only this one; repeatable.")] = [],  # noqa: B006
+    limit: Annotated[int | None, typer.Option(help="At most so many of each category and defect.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Default: the profile's.")] = None,
+    out: Runs = Path("runs"),
+    device: Device = "auto",
+) -> None:
+    """Score a dataset by a method, and by the controls that belong in the same table.
+
+    Unless --only is given, a method with a model is scored again with random weights in its U-Net, and so are
+    the baselines without any model: local_contrast, median, patch_knn. A dataset without labels gets no
+    controls. A --set counts for every method that has the option. An interrupted command, started again,
+    goes on where it stopped; `zsad evaluate` prints the table.
+    """
+    from zsad_lib import methods, profiles, scoring
+    from zsad_lib.datasets import load_dataset
+
+    if profile not in profiles.PROFILES:
+        raise typer.BadParameter(f"no profile {profile!r}; there are: {', '.join(profiles.PROFILES)}")
+    images = load_dataset(dataset, root, categories=category or None, limit=limit)
+    labelled = any(sample.label >= 0 for sample in images.samples)
+    plan = _plan(method, only or not labelled, random_weights)
+    chosen = _parse_options(options, [name for name, _ in plan])
+    models = {key: value for key, value in (("backbone", backbone), ("features", features)) if value}
+    for name, random in plan:
+        own = {key: value for key, value in chosen.items() if key in methods.method_options(name)}
+        settings = profiles.profile_options(profile, name) | models | own | {"device": device}
+        scorer = methods.make_method(name, random_weights=random, **settings)
+        results = scoring.score(images, scorer, out, batch_size or profiles.PROFILES[profile]["batch_size"])
+        seconds = results.run["seconds"] / len(images)
+        typer.echo(f"{_label(results.run)}: {len(images)} images, {seconds:.3g} s each, in {results.folder}")
+    if labelled:
+        typer.echo(f"the table: zsad evaluate --out {out} --dataset {dataset}")
+    else:
+        typer.echo("no labels here, so no table and no controls: the scores are in scores.csv of that folder")
+
+
+def _plan(method: str, only: bool, random_weights: str | None) -> list[tuple[str, str | None]]:
+    """(method, random weights) of each run to make: methods, their random-weights controls, the baselines."""
+    from zsad_lib.methods import METHODS
+
+    named = [name for name in METHODS if name not in BASELINES] if method == "all" else [method]
+    if only or method in BASELINES:
+        return [(name, random_weights) for name in named]
+    plan = [(name, weights) for name in named for weights in (None, random_weights or "unet")]
+    return plan + [(name, None) for name in BASELINES]
+
+
+def _parse_options(pairs: list[str], names: list[str]) -> dict:
+    """["start=matched", "sigma=2"] -> {"start": "matched", "sigma": 2}: values are JSON, else text."""
+    from zsad_lib.methods import method_options
+
+    known = sorted({key for name in names for key in method_options(name)})
+    chosen = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or key not in known:
+            raise typer.BadParameter(f"--set {pair}: expected NAME=VALUE with a name of {', '.join(known)}")
+        try:
+            chosen[key] = json.loads(value)
+        except ValueError:
+            chosen[key] = value
+    return chosen
+
+
+# ------------------------------------------------------------------------------------ tables and report
+
+
+@app.command()
+def evaluate(
+    runs: Annotated[
+        list[Path] | None, typer.Argument(help="Run folders (default: the finished ones in --out).")
+    ] = None,
+    out: Runs = Path("runs"),
+    dataset: Annotated[str | None, typer.Option(help="Only runs on this dataset.")] = None,
+    per_category: Annotated[bool, typer.Option("--per-category", help="A row for each category.")] = False,
+    per_defect: Annotated[bool, typer.Option("--per-defect", help="A row for each defect type.")] = False,
+    variant: Annotated[
+        Variant, typer.Option(help="exact, or the metrics of the DIVAD/VLMDiff code: official.")
+    ] = Variant.exact,
+    bootstrap: Annotated[int, typer.Option(help="Resamples behind an interval; 0 for none.")] = 200,
+    format: Annotated[Format, typer.Option(help="csv: the bare numbers; others: the table.")] = Format.table,
+) -> None:
+    """Print one table: methods as rows; image and pixel AUROC, AP, F1-max and AUPRO, in percent, with 95 %
+    bootstrap intervals, as columns. Runs over the same images of a dataset stand together."""
+    import pandas as pd
+
+    from zsad_lib import scoring
+
+    measured, tables, notes = {}, {}, []
+    for title, group in _grouped(_load_runs(runs, out, dataset)).items():
+        measured[title] = scoring.measure(
+            group, per_defect=per_defect, variant=str(variant), n_bootstrap=bootstrap
+        )
+        tables[title] = scoring.tabulate(measured[title], per_category=per_category or per_defect)
+        notes += tables[title].attrs["notes"]
+    if format == "csv":
+        numbers = pd.concat(measured, names=["dataset", None]).reset_index("dataset")
+        typer.echo(numbers.to_csv(index=False), nl=False)
+        return
+    table = pd.concat(tables, names=["dataset"])
+    notes.append(f"percent [95 % bootstrap interval], {variant} metrics; the mean over categories")
+    if format == "latex":
+        typer.echo(table.to_latex())
+    elif format == "markdown":
+        typer.echo(table.reset_index().to_markdown(index=False))
+    else:
+        typer.echo(table.to_string())
+    for note in notes:
+        typer.echo(note, err=format != "table")
+
+
+@app.command()
+def report(
+    profile: Profile = "lite",
+    out: Annotated[Path, typer.Option(help="Where the figures and tables go.")] = Path("artifacts"),
+    only: Annotated[str | None, typer.Option(help="Only the notebook with this number, such as 02.")] = None,
+) -> None:
+    """Regenerate every figure and table, with its provenance."""
+    from zsad_lib import report
+
+    report.build(profile=profile, out=out, only=only)
+
+
+def _load_runs(folders: list[Path] | None, out: Path, dataset: str | None) -> list:
+    """Results of the named folders; without any, of the finished and labelled runs in `out`."""
+    from zsad_lib.scoring import ScoringError, load_results, read_run
+
+    found = folders or sorted(path.parent for path in out.glob("*/run.json"))
+    loaded = []
+    for folder in found:
+        run = read_run(folder)
+        if run and dataset and run["dataset"] != dataset:
+            continue
+        if not folders and run["state"] != "finished":
+            typer.echo(f"left out, {run['state']}: {folder}", err=True)
+        elif not folders and all(label < 0 for _, _, label, _ in run["samples"]):
+            typer.echo(f"left out, no labels: {folder}", err=True)
+        else:
+            loaded.append(load_results(folder))
+    if not loaded:
+        where = f"among {len(found)} run folders" if folders else f"in {out}"
+        raise ScoringError(
+            f"no finished run {f'on {dataset} ' if dataset else ''}{where}: `zsad score` first"
+        )
+    return loaded
+
+
+def _grouped(runs: list) -> dict:
+    """{title of a set of images: {label: Results}}: only runs over the same images share a table."""
+    sets = {}
+    for results in runs:
+        key = results.run["dataset"], frozenset(results.frame["id"])
+        sets.setdefault(key, []).append(results)
+    groups = {}
+    for (dataset, ids), members in sets.items():
+        title = f"{dataset}, {len(ids)} images"
+        while title in groups:
+            title += "*"
+        members.sort(key=lambda results: (results.run["method"] in BASELINES, _label(results.run)))
+        groups[title] = dict(zip(_labels([results.run for results in members]), members, strict=True))
+    return groups
+
+
+def _label(run: dict) -> str:
+    """The method, and the backbone it stands on."""
+    backbone = run["config"].get("backbone")
+    return f"{run['method']}, {backbone['name']}" if backbone else run["method"]
+
+
+def _labels(runs: list[dict]) -> list[str]:
+    """A different label for every run: `_label`, and the settings in which runs of one label differ."""
+    labels = []
+    for run in runs:
+        same = [_flat(other["config"]) for other in runs if _label(other) == _label(run)]
+        own = _flat(run["config"])
+        differing = [f"{key}={own[key]}" for key in own if any(o.get(key) != own[key] for o in same)]
+        labels.append(", ".join([_label(run), *differing]))
+    pairs = zip(labels, runs, strict=True)
+    return [f"{one} #{run['fingerprint'][:6]}" if labels.count(one) > 1 else one for one, run in pairs]
+
+
+def _flat(config: dict, prefix: str = "") -> dict:
+    """{"a": {"b": 1}} -> {"a.b": 1}"""
+    flat = {}
+    for key, value in config.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat

@@ -1,0 +1,68 @@
+"""The methods by name. To add one: a callable in METHODS whose keyword parameters are its options.
+
+A callable that has a parameter `backbone` or `features` gets the loaded model there.
+"""
+
+import inspect
+
+from zsad_lib.backbones import load_backbone, load_features
+from zsad_lib.methods.base import Method, MethodError, Scores
+from zsad_lib.methods.baselines import local_contrast, median, patch_knn
+from zsad_lib.methods.divad import DIVAD
+
+METHODS = {
+    "divad": DIVAD,
+    "local_contrast": local_contrast,
+    "median": median,
+    "patch_knn": patch_knn,
+}
+
+__all__ = ["METHODS", "Method", "MethodError", "Scores", "make_method", "method_options"]
+
+
+def method_options(name):
+    """The options of a method with their default values, `backbone` and `features` left out (dict)."""
+    return {key: p.default for key, p in _parameters(name).items() if key not in ("backbone", "features")}
+
+
+def make_method(name, backbone=None, features=None, device="auto", random_weights=None, **options):
+    """A method ready to score.
+
+    name: one of METHODS; backbone, features: a loaded object, or what `load_backbone` and `load_features`
+    take (a folder, a checkpoint of the manifest, a hub id), loaded to `device`; a method that needs none
+    leaves them aside, so that one call serves all. random_weights ("unet" or "all") is passed to
+    `load_backbone`: the control row. options: the method's own. MethodError lists the names and options there
+    are; BackboneError when loading fails.
+    """
+    accepted = _parameters(name)
+    unknown = sorted(set(options) - set(accepted))
+    if unknown:
+        known = ", ".join(f"{key}={value!r}" for key, value in method_options(name).items())
+        raise MethodError(f"method {name!r} has no option {', '.join(unknown)}; it has: {known}")
+    if random_weights and ("backbone" not in accepted or not _is_name(backbone)):
+        raise MethodError("random_weights needs a method with a backbone, given as a name or a folder")
+    if "backbone" in accepted:
+        _require(name, "backbone", backbone)
+        loaded = (
+            load_backbone(backbone, device, random_weights=random_weights) if _is_name(backbone) else backbone
+        )
+        options["backbone"] = loaded
+    if "features" in accepted:
+        _require(name, "features", features)
+        options["features"] = load_features(features, device) if _is_name(features) else features
+    return METHODS[name](**options)
+
+
+def _parameters(name):
+    if name not in METHODS:
+        raise MethodError(f"no method {name!r}; there are: {', '.join(METHODS)}")
+    return inspect.signature(METHODS[name]).parameters
+
+
+def _is_name(model):
+    return isinstance(model, str) or hasattr(model, "__fspath__")
+
+
+def _require(name, what, value):
+    if value is None:
+        raise MethodError(f"method {name!r} needs {what}=<folder, checkpoint name, hub id or loaded object>")

@@ -1,0 +1,47 @@
+"""The two profiles: nothing but names and sizes differs between them, the code path is one.
+
+"lite" is offline and takes minutes on a CPU: the compact checkpoints of this project on 64 px images. "paper" is
+the authors' setting: Stable Diffusion from the hub, DINO features, 256 px maps; it wants a GPU.
+"""
+
+PROFILES = {
+    "lite": {
+        "backbone": "lite-foundation",
+        "features": "lite-features",
+        "batch_size": 16,
+        "divad": {
+            "inversion_steps": 20,
+            "inference_steps": 20,
+            "start": "matched",
+            "start_step": 8,
+            "guidance_scale": 1.0,
+            "sigma": 1.5,
+            "pool": 2,
+        },
+        "baseline": {"size": 64, "sigma": 1.5, "pool": 2},
+    },
+    "paper": {
+        "backbone": "stable-diffusion-2.1-base",
+        "features": "dino_vits8",
+        "batch_size": 4,
+        "divad": {
+            "inversion_steps": 50,
+            "inference_steps": 100,
+            "start": "official",
+            "start_step": 40,
+            "guidance_scale": 3.5,
+            "sigma": 5,
+            "pool": 8,
+        },
+        "baseline": {"size": 256, "sigma": 5, "pool": 8},
+    },
+}
+
+
+def profile_options(profile: str, method: str) -> dict:
+    """Keyword arguments of ``make_method`` for a method (by its name) in a profile; KeyError names the profiles."""
+    if profile not in PROFILES:
+        raise KeyError(f"unknown profile {profile!r}; there are: {', '.join(PROFILES)}")
+    settings = PROFILES[profile]
+    models = {"backbone": settings["backbone"], "features": settings["features"]}
+    return {**models, **settings.get(method, settings["baseline"])}

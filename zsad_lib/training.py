@@ -1,0 +1,428 @@
+"""Training of the compact checkpoints, from normal images only.
+
+One loop (`fit`) serves every model: AdamW, cosine learning rate, an exponential moving average (EMA), atomic
+checkpoints, and a random generator that depends on (seed, step) alone, so a resumed run repeats an uninterrupted
+one. Recipes build their models, call `fit` once per stage and save standard Hugging Face directories in fp16.
+"""
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from skimage import data as photographs
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm.auto import tqdm
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+    ResNetConfig,
+    ResNetModel,
+    ViTImageProcessor,
+)
+
+from zsad_lib import synthad
+
+PHOTOGRAPHS = (
+    "brick",
+    "grass",
+    "gravel",
+    "astronaut",
+    "camera",
+    "chelsea",
+    "coffee",
+    "coins",
+    "moon",
+    "rocket",
+    "page",
+)
+MAX_TOKENS = 32
+
+
+class TrainingError(ValueError):
+    """A recipe that does not exist, or a work folder that belongs to another run."""
+
+
+# --- data -------------------------------------------------------------------------------------------------------
+
+
+def _draw_many(category: str, seed: int, count: int, size: int) -> tuple[np.ndarray, list[str]]:
+    drawings = [synthad.draw(category, f"train/{seed}/{k}", size=size) for k in range(count)]
+    return np.stack([d.image for d in drawings]), [d.caption for d in drawings]
+
+
+def _photograph_crops(name: str, seed: int, count: int, size: int) -> tuple[np.ndarray, list[str]]:
+    """Square crops of a photograph that scikit-image ships, between one third and the whole of its height."""
+    picture = getattr(photographs, name)()
+    picture = np.repeat(picture[:, :, None], 3, 2) if picture.ndim == 2 else picture[:, :, :3]
+    pixels = torch.from_numpy(picture.copy()).permute(2, 0, 1)[None].float()
+    rng = np.random.default_rng([seed, len(name)])
+    crops = []
+    for _ in range(count):
+        side = int(min(pixels.shape[2:]) * rng.uniform(0.33, 1.0))
+        top, left = (int(rng.integers(0, extent - side + 1)) for extent in pixels.shape[2:])
+        crop = pixels[:, :, top : top + side, left : left + side]
+        crop = F.interpolate(crop, (size, size), mode="bilinear", antialias=True)
+        crops.append(crop[0].round().clamp(0, 255).byte().permute(1, 2, 0).numpy())
+    return np.stack(crops), [f"A photograph of {name}"] * count
+
+
+def draw_pool(folder: Path, categories, per_category: int, seed: int, size: int = 64, photos: int = 0):
+    """Normal images for training: uint8 [N, size, size, 3], captions [N], labels [N] (index of the category, or
+    len(categories) + index of the photograph). Drawn once, kept in ``folder``."""
+    target, meta = folder / "pool.npy", folder / "pool.json"
+    if not meta.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        jobs = [(_draw_many, c, per_category) for c in categories]
+        jobs += [(_photograph_crops, p, photos) for p in PHOTOGRAPHS] if photos else []
+        with ProcessPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
+            futures = [pool.submit(job, name, seed, count, size) for job, name, count in jobs]
+            drawn = [f.result() for f in tqdm(futures, desc="drawing training images", unit="category")]
+        np.save(target, np.concatenate([images for images, _ in drawn]))
+        captions = [c for _, group in drawn for c in group]
+        labels = [k for k, (images, _) in enumerate(drawn) for _ in range(len(images))]
+        _write_json(meta, {"captions": captions, "labels": labels})
+    stored = json.loads(meta.read_text())
+    return np.load(target), stored["captions"], np.array(stored["labels"])
+
+
+def to_tensor(images: np.ndarray) -> torch.Tensor:
+    """uint8 [B, H, W, 3] -> float32 [B, 3, H, W] in [-1, 1]."""
+    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1.0
+
+
+# --- the loop ---------------------------------------------------------------------------------------------------
+
+
+def _write_json(path: Path, value) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(value, indent=1))
+    os.replace(temporary, path)
+
+
+def _save_state(path: Path, state: dict) -> None:
+    temporary = path.with_suffix(".tmp")
+    torch.save(state, temporary)
+    os.replace(temporary, path)
+
+
+def fit(
+    stage: str,
+    model: torch.nn.Module,
+    loss_of: Callable[[torch.nn.Module, torch.Generator], torch.Tensor],
+    folder: Path,
+    steps: int,
+    learning_rate: float,
+    seed: int = 0,
+    ema_decay: float = 0.998,
+    checkpoint_every: int = 200,
+) -> torch.nn.Module:
+    """Minimise ``loss_of(model, generator)`` and return the EMA of ``model``.
+
+    The state is kept in ``folder/stage.pt`` and picked up again when it exists; ``folder/stage.json`` holds the
+    loss of every step and the seconds spent. bfloat16 autocast on CUDA.
+    """
+    device = next(model.parameters()).device
+    ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema_decay), use_buffers=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=1e-2)
+    warmup = min(100, steps // 10 + 1)
+    schedule = torch.optim.lr_scheduler.SequentialLR(
+        optimizer,
+        [
+            torch.optim.lr_scheduler.LinearLR(optimizer, 0.02, 1.0, warmup),
+            torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps - warmup), learning_rate * 0.02),
+        ],
+        [warmup],
+    )
+    state_file, start, losses, seconds = folder / f"{stage}.pt", 0, [], 0.0
+    parts = {"model": model, "ema": ema, "optimizer": optimizer, "schedule": schedule}
+    if state_file.exists():
+        state = torch.load(state_file, map_location=device, weights_only=True)
+        if state["plan"] != [steps, seed]:
+            raise TrainingError(
+                f"{state_file} belongs to a run of {state['plan'][0]} steps with seed {state['plan'][1]}; "
+                f"this one has {steps} steps with seed {seed}. Delete the folder or choose another."
+            )
+        for key, part in parts.items():
+            part.load_state_dict(state[key])
+        start, losses, seconds = state["step"], state["losses"], state["seconds"]
+    model.train()
+    clock = time.perf_counter()
+    with tqdm(total=steps, initial=start, desc=stage, unit="step") as bar:
+        for step in range(start, steps):
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+            torch.manual_seed(seed * 1_000_003 + step)
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                loss = loss_of(model, generator)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            ema.update_parameters(model)
+            losses.append(round(loss.item(), 5))
+            bar.update()
+            bar.set_postfix(loss=f"{np.mean(losses[-50:]):.4f}")
+            if (step + 1) % checkpoint_every == 0 or step + 1 == steps:
+                spent = seconds + time.perf_counter() - clock
+                state = {key: part.state_dict() for key, part in parts.items()}
+                plan = {"plan": [steps, seed], "step": step + 1, "losses": losses, "seconds": spent}
+                _save_state(state_file, {**state, **plan})
+                _write_json(folder / f"{stage}.json", {**plan, "seconds": round(spent, 1)})
+    return ema.module.eval()
+
+
+def _pick(generator: torch.Generator, count: int, batch: int) -> torch.Tensor:
+    return torch.randint(0, count, (batch,), generator=generator)
+
+
+# --- stage 1: the autoencoder -----------------------------------------------------------------------------------
+
+
+def build_vae() -> AutoencoderKL:
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(32, 48, 96),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=8,
+        mid_block_add_attention=False,
+        sample_size=64,
+    )
+
+
+def vae_loss(vae, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """L1 + squared error + edges + a light KL term, on random half-size crops (the network is convolutional)."""
+    size = images.shape[-1] // 2
+    top, left = (int(torch.randint(0, size + 1, (), generator=generator)) for _ in range(2))
+    x = images[:, :, top : top + size, left : left + size]
+    posterior = vae.encode(x).latent_dist
+    noise = torch.randn(posterior.mean.shape, generator=generator).to(x.device)
+    y = vae.decode(posterior.mean + posterior.std * noise).sample
+    edges = sum(((y - x).diff(dim=d)).abs().mean() for d in (2, 3))
+    return (y - x).abs().mean() + (y - x).square().mean() + 0.5 * edges + 1e-5 * posterior.kl().mean()
+
+
+@torch.inference_mode()
+def encode_pool(vae, images: np.ndarray, folder: Path, device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Posterior mean and standard deviation of every training image, kept in ``folder``."""
+    target = folder / "latents.pt"
+    if not target.exists():
+        means, stds = [], []
+        for batch in tqdm(np.array_split(images, max(1, len(images) // 64)), desc="encoding", unit="batch"):
+            posterior = vae.encode(to_tensor(batch).to(device)).latent_dist
+            means.append(posterior.mean.half().cpu())
+            stds.append(posterior.std.half().cpu())
+        _save_state(target, {"mean": torch.cat(means), "std": torch.cat(stds)})
+    stored = torch.load(target, weights_only=True)
+    return stored["mean"].float(), stored["std"].float()
+
+
+# --- stage 2: words and the U-Net ---------------------------------------------------------------------------------
+
+
+def build_tokenizer(captions: list[str], folder: Path) -> CLIPTokenizer:
+    """A CLIP tokenizer (byte-level BPE with end-of-word marks) whose merges are learned from ``captions``."""
+    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    bpe.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = sorted({w for c in captions for w in c.lower().replace(",", " ").split()})
+    trainer = trainers.BpeTrainer(
+        vocab_size=4000, min_frequency=1, end_of_word_suffix="</w>", initial_alphabet=alphabet, show_progress=False
+    )
+    bpe.train_from_iterator(words * 2, trainer)
+    merges = [tuple(m) for m in json.loads(bpe.to_str())["model"]["merges"]]
+    tokens = [*alphabet, *(a + "</w>" for a in alphabet), *("".join(m) for m in merges)]
+    tokens = [*dict.fromkeys(tokens), "<|startoftext|>", "<|endoftext|>"]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps({t: k for k, t in enumerate(tokens)}, ensure_ascii=False))
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "CLIPTokenizer", "model_max_length": MAX_TOKENS, "bos_token": "<|startoftext|>",
+                    "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}, indent=1)
+    )  # fmt: skip
+    return CLIPTokenizer.from_pretrained(folder)
+
+
+def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    end = tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=2,
+            num_attention_heads=4, max_position_embeddings=MAX_TOKENS, projection_dim=128,
+            bos_token_id=tokenizer.convert_tokens_to_ids("<|startoftext|>"), eos_token_id=end, pad_token_id=end,
+        )
+    )  # fmt: skip
+
+
+def build_unet() -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        sample_size=16,
+        in_channels=4,
+        out_channels=4,
+        layers_per_block=1,
+        block_out_channels=(96, 128, 128),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=128,
+        attention_head_dim=4,
+        norm_num_groups=16,
+    )
+
+
+def build_scheduler() -> DDIMScheduler:
+    """Stable Diffusion's own schedule, so that its timesteps mean the same noise levels here."""
+    return DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
+        set_alpha_to_one=False, steps_offset=1, timestep_spacing="leading",
+    )  # fmt: skip
+
+
+class TextToNoise(torch.nn.Module):
+    """Text encoder and U-Net, trained together: the U-Net has no other text to learn from."""
+
+    def __init__(self, text_encoder, unet):
+        super().__init__()
+        self.text_encoder, self.unet = text_encoder, unet
+
+    def forward(self, latents, timesteps, token_ids):
+        words = self.text_encoder(token_ids).last_hidden_state
+        return self.unet(latents, timesteps, words).sample
+
+
+def denoising_loss(model, latents, token_ids, alphas_cumprod, generator) -> torch.Tensor:
+    """The mean squared noise error of DDPM (Ho et al. 2020, eq. 14), one uniform timestep an image."""
+    noise = torch.randn(latents.shape, generator=generator).to(latents)
+    timesteps = torch.randint(0, len(alphas_cumprod), (len(latents),), generator=generator).to(latents.device)
+    alpha = alphas_cumprod[timesteps][:, None, None, None]
+    noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
+    return F.mse_loss(model(noisy, timesteps, token_ids).float(), noise)
+
+
+def mix_prompts(captions: list[str], generator: torch.Generator) -> list[str]:
+    """Half full captions, four tenths their first clause ("An image of a bottle"), one tenth empty (for guidance)."""
+    dice = torch.rand(len(captions), generator=generator).tolist()
+    return ["" if r < 0.1 else c.split(",")[0] if r < 0.5 else c for c, r in zip(captions, dice, strict=True)]
+
+
+def train_foundation(
+    out: Path, work: Path, steps: int, seed: int, device, categories, per_category: int, vae_steps: int
+) -> None:
+    """A text-conditioned latent diffusion pipeline on normal draws of ``categories`` and on photographs."""
+    images, captions, _ = draw_pool(work, categories, per_category, seed, photos=max(1, per_category // 8))
+
+    def batch(generator, size):
+        chosen = _pick(generator, len(images), size)
+        return to_tensor(images[chosen.numpy()]).to(device)
+
+    torch.manual_seed(seed)
+    vae = fit("vae", build_vae().to(device), lambda m, g: vae_loss(m, batch(g, 32), g), work,
+              vae_steps, 1.5e-3, seed)  # fmt: skip
+    mean, std = encode_pool(vae, images, work, device)
+    scale = 1.0 / (mean.std() ** 2 + std.square().mean()).sqrt().item()
+    vae.register_to_config(scaling_factor=scale)
+    tokenizer = build_tokenizer(captions, work / "tokenizer")
+    scheduler = build_scheduler()
+    alphas_cumprod = scheduler.alphas_cumprod.to(device)
+    torch.manual_seed(seed)
+    model = TextToNoise(build_text_encoder(tokenizer), build_unet()).to(device)
+
+    def loss(m, generator):
+        chosen = _pick(generator, len(images), 32)
+        noise = torch.randn(mean[chosen].shape, generator=generator)
+        latents = (scale * (mean[chosen] + std[chosen] * noise)).to(device)
+        prompts = mix_prompts([captions[k] for k in chosen], generator)
+        ids = tokenizer(prompts, padding="max_length", truncation=True, max_length=MAX_TOKENS, return_tensors="pt")
+        return denoising_loss(m, latents, ids.input_ids.to(device), alphas_cumprod, generator)
+
+    model = fit("unet", model, loss, work, steps, 6e-4, seed)
+    pipeline = StableDiffusionPipeline(
+        vae=vae, text_encoder=model.text_encoder, tokenizer=tokenizer, unet=model.unet, scheduler=scheduler,
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    pipeline.to(dtype=torch.float16).save_pretrained(out)
+
+
+# --- the feature extractor ----------------------------------------------------------------------------------------
+
+
+class AttributeNet(torch.nn.Module):
+    """A ResNet that must name the category and every attribute word; only the ResNet is kept."""
+
+    def __init__(self, outputs: int):
+        super().__init__()
+        self.resnet = ResNetModel(
+            ResNetConfig(embedding_size=32, hidden_sizes=[32, 64, 128], depths=[1, 1, 1], layer_type="basic",
+                         downsample_in_first_stage=False)
+        )  # fmt: skip
+        self.head = torch.nn.Linear(128, outputs)
+
+    def forward(self, pixels):
+        return self.head(self.resnet(pixels).pooler_output.flatten(1))
+
+
+def train_features(out: Path, work: Path, steps: int, seed: int, device, categories, per_category: int) -> None:
+    """A small ResNet trained to predict the clauses of the caption (multi-label), on normal images."""
+    images, captions, _ = draw_pool(work, categories, per_category, seed, photos=max(1, per_category // 8))
+    clauses = sorted({clause.strip() for c in captions for clause in c.split(",")})
+    index = {clause: k for k, clause in enumerate(clauses)}
+    targets = torch.zeros(len(images), len(clauses))
+    for k, text in enumerate(captions):
+        targets[k, [index[clause.strip()] for clause in text.split(",")]] = 1.0
+
+    def loss(m, generator):
+        chosen = _pick(generator, len(images), 32)
+        x = to_tensor(images[chosen.numpy()])
+        x = F.interpolate(x, (128, 128), mode="bilinear")
+        x = x + 0.1 * torch.randn(x.shape, generator=generator) * torch.rand(32, 1, 1, 1, generator=generator)
+        logits = m(x.to(device)).float()
+        return F.binary_cross_entropy_with_logits(logits, targets[chosen].to(device)) * 10
+
+    torch.manual_seed(seed)
+    model = fit("features", AttributeNet(len(clauses)).to(device), loss, work, steps, 2e-3, seed)
+    model.resnet.half().save_pretrained(out)
+    size = {"height": 128, "width": 128}
+    ViTImageProcessor(size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3).save_pretrained(out)
+
+
+# --- recipes ------------------------------------------------------------------------------------------------------
+
+ALL = tuple(synthad.CATEGORIES)
+RECIPES = {
+    "lite-foundation": (train_foundation, {"categories": ALL, "per_category": 1200, "steps": 2800, "vae_steps": 1100}),
+    "lite-features": (train_features, {"categories": ALL, "per_category": 400, "steps": 1200}),
+}
+
+
+def train(name: str, out=None, steps=None, seed: int = 0, device: str = "auto", resume: bool = True, **options) -> Path:
+    """Train the checkpoint ``name`` (a key of RECIPES) and write it to ``out`` (default ``checkpoints/NAME``).
+
+    The work folder ``training/NAME-seedN`` holds the drawn images, the losses and the last state; with ``resume``
+    a stopped run goes on from there. The finished directory replaces ``out`` in one step. Returns ``out``.
+    """
+    if name not in RECIPES:
+        raise TrainingError(f"unknown recipe {name!r}; there are: {', '.join(RECIPES)}")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    recipe, defaults = RECIPES[name]
+    plan = {**defaults, **options, **({"steps": steps} if steps else {})}
+    out, work = Path(out or f"checkpoints/{name}"), Path("training") / f"{name}-seed{seed}"
+    if not resume:
+        shutil.rmtree(work, ignore_errors=True)
+    partial = work / "finished"
+    shutil.rmtree(partial, ignore_errors=True)
+    recipe(partial, work, seed=seed, device=torch.device(device), **plan)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(out, ignore_errors=True)
+    shutil.move(partial, out)
+    return out
