@@ -1,6 +1,8 @@
 """What a reader sees, in a real browser: the live widgets inside JupyterLab, and the report's page."""
 
+import json
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -78,15 +80,16 @@ def lab(tmp_path_factory):
     paths = os.pathsep.join([str(Path(report.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
     environment = {**os.environ, **own, "IPYTHONDIR": str(home / "ipython"), "PYTHONPATH": paths}
     environment.pop("MPLBACKEND", None)  # the kernel's own, which shows every figure left open
-    options = {"ip": "127.0.0.1", "port": port, "port_retries": 0, "token": "", "password": "", "root_dir": root}
-    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--LabApp.news_url=None"]
-    command += [f"--ServerApp.{name}={value}" for name, value in options.items()]
-    log, address = home / "log.txt", f"http://127.0.0.1:{port}"
+    token, log = secrets.token_hex(16), home / "log.txt"
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}"]
+    command += ["--ServerApp.port_retries=0", f"--ServerApp.root_dir={root}", f"--IdentityProvider.token={token}"]
+    command += ["--LabApp.news_url=None", "--LabApp.extension_manager=readonly"]
+    address = f"http://127.0.0.1:{port}"
     with log.open("w") as output:
         server = subprocess.Popen(command, env=environment, stdout=output, stderr=output, start_new_session=True)
     try:
-        _wait_for(server, f"{address}/api/status", log)
-        yield address
+        _wait_for(server, f"{address}/api", log)
+        yield f"{address}/doc/tree/live.ipynb?token={token}"
     finally:
         if server.poll() is None:
             server.send_signal(signal.SIGTERM)  # the server then ends its kernels
@@ -112,7 +115,7 @@ def outputs(browser, lab):
     """The notebook's page after all cells ran, and the output areas of its two cells."""
     page = browser.new_page(viewport={"width": 1280, "height": 1000})
     page.set_default_timeout(STEP_LIMIT * 1000)
-    page.goto(f"{lab}/doc/tree/live.ipynb")
+    page.goto(lab)
     page.locator(".jp-Cell .cm-content").first.click()
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
@@ -189,3 +192,123 @@ def test_live_error_is_text_until_the_next_good_value(outputs):
     page.keyboard.press("ArrowRight")
     _expect_colour(area, COLOURS["d"])
     message.wait_for(state="detached")
+
+
+# --------------------------------------------------------------------------------------------- the report
+
+FACTS = {"revision": "0123456789abcdef" * 2 + "01234567", "finished": "2026-01-02 03:04:05 UTC", "seconds": 61.5,
+         "machine": "Linux x86_64, 2 CPUs"}  # fmt: skip
+NOTE = "magnetic_tile is left out: no dataset at /data/" + "a_long_folder_name/" * 6
+INTERVALS = pd.DataFrame(
+    {f"metric {k}": ["87.2 [84.1, 90.0]", "n/a", "50.0 [45.0, 55.0]"] for k in range(8)},
+    index=pd.Index(["divad", "divad (random U-Net)", "None"], name="method"),
+)
+LEVELS = pd.DataFrame(
+    [[1 / 3, 12, 0.5, 7], [0.25, 9, np.nan, 8]],
+    columns=pd.MultiIndex.from_product([["image", "pixel"], ["AUROC", "n"]], names=["level", "metric"]),
+    index=pd.Index(["a_b", "a sentence that is a good deal longer than fifty characters are"], name="method"),
+)
+LONG = pd.DataFrame({"category": ["gauge", "mean"], "AUPRO": [93.25, 1e-7]}, index=pd.Index(["x", "x"], name="method"))
+
+
+@pytest.fixture(scope="module")
+def artifacts(tmp_path_factory):
+    """A report's folder with two sections of exhibits, and its index.html."""
+    out = tmp_path_factory.mktemp("artifacts")
+    benchmark, lesson = plots.Gallery("benchmark", out), plots.Gallery("02_divad", out)
+    benchmark.table("intervals", INTERVALS, "Percent with 95 % intervals & <controls>.")
+    benchmark.table("long", LONG, "Category by category.")
+    wide, axes = plt.subplots(1, 14, figsize=(22, 2))
+    for k, axis in enumerate(axes):
+        axis.imshow(np.outer(np.arange(8), np.arange(8) + k))
+        axis.set_title(f"t={k}", fontsize=9)
+    lesson.figure("wide", wide, "A strip that is wider than the page.")
+    small, axis = plt.subplots(figsize=(5, 2.6))
+    axis.plot([1, 3, 2])
+    axis.set(xlabel="timestep t", ylabel="error")
+    lesson.figure("small", small, "A normal figure. " * 8)
+    lesson.table("levels", LEVELS, "Two levels of columns.")
+    (out / "notebooks").mkdir()
+    (out / "notebooks" / "02_divad.html").write_text("the notebook")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "provenance", lambda profile, durations: FACTS)  # the real one hashes all data
+        return report.write_index("lite", out, {"benchmark": 31.5, "02_divad": 30.0}, [NOTE])
+
+
+@pytest.fixture(params=[1280, 390])
+def page(request, browser, artifacts):
+    page = browser.new_page(viewport={"width": request.param, "height": 900})
+    page.goto(artifacts.as_uri())
+    yield page
+    page.close()
+
+
+def test_report_shows_every_picture_within_the_page(page):
+    assert page.evaluate("Array.from(document.images, i => i.naturalWidth > 0)") == [True, True]
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    cut_off = page.evaluate("""Array.from(document.querySelectorAll("body *"))
+      .filter(e => !e.closest("table") && e.getBoundingClientRect().right > innerWidth).map(e => e.outerHTML)""")
+    assert cut_off == []
+
+
+def test_report_tables_scroll_by_themselves_and_keep_intervals_on_one_line(page):
+    boxes = page.evaluate("""Array.from(document.querySelectorAll("table"), t => {
+      const box = t.parentElement, line = parseFloat(getComputedStyle(t).fontSize) * 2;
+      box.scrollLeft = 1e6;
+      return {scrolls: getComputedStyle(box).overflowX, hidden: box.scrollWidth - box.clientWidth - box.scrollLeft,
+              tall: Array.from(t.querySelectorAll("td"), c => c.clientHeight > 2 * line).includes(true),
+              wider: t.offsetWidth > box.clientWidth};
+    })""")
+    assert len(boxes) == 3
+    assert boxes[0]["wider"]  # nine columns of intervals do not fit even the wide page
+    for box in boxes:
+        assert box["scrolls"] == "auto" and box["hidden"] <= 1 and not box["tall"]
+
+
+def test_report_links_lead_somewhere(page, artifacts):
+    links = page.evaluate('Array.from(document.querySelectorAll("a"), a => a.getAttribute("href"))')
+    anchors = [link[1:] for link in links if link.startswith("#")]
+    assert anchors == ["benchmark", "02_divad"]
+    assert page.evaluate("ids => ids.every(id => document.getElementById(id))", anchors)
+    files = {link for link in links if not link.startswith("#")}
+    assert [link for link in files if not (artifacts.parent / link).is_file()] == []
+    kinds = {f"tables/benchmark_intervals.{kind}" for kind in ("csv", "md", "tex")}
+    assert files >= kinds | {"provenance.json", "notebooks/02_divad.html", "figures/02_divad_wide.svg"}
+    assert page.get_by_text(NOTE).is_visible() and page.get_by_text(FACTS["revision"]).is_visible()
+    assert page.get_by_text("Percent with 95 % intervals & <controls>.").is_visible()
+
+
+def test_report_tables_say_what_the_frames_say(page):
+    read = """Array.from(document.querySelectorAll("table"), t => ["thead", "tbody"].map(part =>
+      Array.from(t.querySelectorAll(part + " tr"), row => Array.from(row.cells, c => c.innerText.trim()))))"""
+    (head, body), (long_head, long_body), (levels_head, levels_body) = page.evaluate(read)
+    assert head == [["method", *INTERVALS.columns]]
+    assert body == [[name, *row] for name, row in zip(INTERVALS.index, INTERVALS.values.tolist(), strict=True)]
+    assert (long_head, long_body) == ([["method", "category", "AUPRO"]], [["x", "gauge", "93.25"], ["x", "mean", "1e-07"]])
+    assert levels_head[:2] == [["level", "image", "image", "pixel", "pixel"], ["metric", "AUROC", "n", "AUROC", "n"]]
+    assert levels_head[2][0] == "method"
+    assert levels_body == [["a_b", "0.3333", "12", "0.5", "7"], [LEVELS.index[1], "0.25", "9", "", "8"]]
+
+
+def test_gallery_writes_tables_that_read_back(artifacts):
+    tables = artifacts.parent / "tables"
+    back = pd.read_csv(tables / "02_divad_levels.csv", header=[0, 1], index_col=0)
+    pd.testing.assert_frame_equal(back, LEVELS)
+    plain = pd.read_csv(tables / "benchmark_intervals.csv", index_col=0, keep_default_na=False)
+    pd.testing.assert_frame_equal(plain, INTERVALS)
+    markdown = (tables / "benchmark_intervals.md").read_text().splitlines()
+    assert [cell.strip() for cell in markdown[0].split("|")[1:-1]] == ["method", *INTERVALS.columns]
+    assert [len(line.split("|")) for line in markdown] == [11] * 5
+    latex = (tables / "02_divad_levels.tex").read_text()
+    assert r"a\_b &" in latex and "method" in latex and r"\label{tab:02_divad_levels}" in latex
+    assert "AUROC" in latex and latex.count(r"\multicolumn{2}") == 2
+
+
+def test_gallery_lists_exhibits_in_order_and_refuses_bad_names(artifacts, tmp_path):
+    lines = (artifacts.parent / "exhibits" / "02_divad.jsonl").read_text().splitlines()
+    listed = [(entry["kind"], entry["name"]) for entry in map(json.loads, lines)]
+    assert listed == [("figure", "02_divad_wide"), ("figure", "02_divad_small"), ("table", "02_divad_levels")]
+    gallery = plots.Gallery("02_divad", tmp_path)
+    with pytest.raises(ValueError, match="lower case.*'No Good'"):
+        gallery.table("No Good", LONG, "")
+    assert list((tmp_path / "tables").iterdir()) == []

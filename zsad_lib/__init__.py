@@ -1,0 +1,1 @@
+"""The library behind the notebooks: diffusion-based zero-shot anomaly detection."""

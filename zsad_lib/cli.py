@@ -185,7 +185,12 @@ def score(
     if labelled:
         typer.echo(f"the table: zsad evaluate --out {out} --dataset {dataset}")
     else:
-        typer.echo("no labels here, so no table and no controls: the scores are in scores.csv of that folder")
+        from zsad_lib.plots import save_heatmaps
+
+        typer.echo(f"no labels here, so no table and no controls: the scores are in {results.folder}/scores.csv")
+        if results.maps is not None:
+            pictures = save_heatmaps(results, images.samples, results.folder / "heatmaps")
+            typer.echo(f"pictures, most anomalous first: {pictures}")
 
 
 def _plan(method: str, only: bool, random_weights: str | None) -> list[tuple[str, str | None]]:

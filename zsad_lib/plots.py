@@ -13,6 +13,9 @@ import seaborn as sns
 import torch
 from IPython.display import Markdown, display
 from matplotlib.figure import Figure
+from PIL import Image
+
+from zsad_lib.datasets import read_image
 
 sns.set_theme(context="notebook", style="white", font_scale=0.9)
 plt.rcParams.update({"figure.dpi": 90, "savefig.dpi": 160, "image.interpolation": "nearest", "svg.hashsalt": "zsad"})
@@ -107,6 +110,26 @@ def overlay(image: torch.Tensor, anomaly_map: torch.Tensor, top: float | None = 
     colours = torch.tensor(plt.get_cmap("magma")(heat.numpy())[..., :3]).permute(2, 0, 1).float()
     grey = image.mean(0, keepdim=True).expand(3, -1, -1)
     return 0.45 * grey + 0.55 * colours
+
+
+def save_heatmaps(results, samples, folder: str | Path) -> Path:
+    """Write image and overlay side by side for every scored sample, named by rank and score, hottest first.
+
+    results: ``scoring.Results`` with maps [N, H, H]; samples: its N samples. One colour scale for all, so that a
+    normal image looks cool. Returns the folder.
+    """
+    folder, maps = Path(folder), torch.from_numpy(results.maps)
+    folder.mkdir(parents=True, exist_ok=True)
+    top = float(maps.max().clamp_min(1e-9))
+    order = results.frame["pred_score"].to_numpy().argsort()[::-1]
+    for rank, k in enumerate(order):
+        image = read_image(samples[k].image_path, maps.shape[-1])
+        pair = torch.cat([image, overlay(image, maps[k], top)], dim=2)
+        pixels = (to_picture(pair) * 255).round().astype(np.uint8)
+        shown = Image.fromarray(pixels).resize((512, 256), Image.Resampling.NEAREST)
+        score = results.frame["pred_score"].iloc[k]
+        shown.save(folder / f"{rank:04d}_{score:.4f}_{samples[k].image_path.stem}.png")
+    return folder
 
 
 def heatmap(frame: pd.DataFrame, title: str, fmt: str = ".1f", cmap: str = "viridis") -> Figure:

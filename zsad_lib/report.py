@@ -28,6 +28,12 @@ METHODS = (  # (method, random weights): what the diffusion model adds is the di
     ("divad", None), ("divad", "unet"), ("divad", "all"),
     ("local_contrast", None), ("median", None), ("patch_knn", None),
 )  # fmt: skip
+CONTROL = {None: "", "unet": " (random U-Net)", "all": " (random weights)"}
+BENCHMARK_CAPTION = (
+    "{name}, {count} images: percent with 95 % bootstrap intervals, mean over categories. Rows below the first are "
+    "controls: the same pipeline with an untrained U-Net, with nothing trained at all, and three baselines without "
+    "any model."
+)
 PACKAGES = ("torch", "diffusers", "transformers", "numpy", "scipy", "scikit-learn", "scikit-image", "zsad_lib")
 
 PAGE = """<!doctype html>
@@ -86,15 +92,12 @@ def benchmark(profile: str, out: Path, runs: Path, notes: list[str], device: str
         for method_name, random_weights in METHODS:
             options = profile_options(profile, method_name)
             method = make_method(method_name, device=device, random_weights=random_weights, **options)
-            label = method_name + {None: "", "unet": " (random U-Net)", "all": " (random weights)"}[random_weights]
+            label = method_name + CONTROL[random_weights]
             results[label] = scoring.score(dataset, method, runs, PROFILES[profile]["batch_size"])
         measured = scoring.measure(results)
-        gallery.table(name, scoring.tabulate(measured),
-                      f"{name}, {len(dataset)} images: percent with 95 % bootstrap intervals, mean over categories. "
-                      "Rows below the first are controls: the same pipeline with an untrained U-Net, with nothing "
-                      "trained at all, and three baselines without any model.")  # fmt: skip
-        gallery.table(f"{name}_per_category", scoring.tabulate({"divad": measured["divad"]}, per_category=True),
-                      f"DIVAD on {name}, category by category.")  # fmt: skip
+        own = scoring.tabulate(measured[measured["method"] == "divad"], per_category=True)
+        gallery.table(name, scoring.tabulate(measured), BENCHMARK_CAPTION.format(name=name, count=len(dataset)))
+        gallery.table(f"{name}_per_category", own, f"DIVAD on {name}, category by category.")
 
 
 def run_notebook(path: Path, out: Path, profile: str) -> Path:

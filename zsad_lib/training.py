@@ -27,7 +27,6 @@ from transformers import (
     CLIPTokenizer,
     ResNetConfig,
     ResNetModel,
-    ViTImageProcessor,
 )
 
 from zsad_lib import synthad
@@ -391,8 +390,12 @@ def train_features(out: Path, work: Path, steps: int, seed: int, device, categor
     torch.manual_seed(seed)
     model = fit("features", AttributeNet(len(clauses)).to(device), loss, work, steps, 2e-3, seed)
     model.resnet.half().save_pretrained(out)
-    size = {"height": 128, "width": 128}
-    ViTImageProcessor(size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3).save_pretrained(out)
+    _write_json(
+        out / "preprocessor_config.json",
+        {"image_processor_type": "ViTImageProcessor", "do_resize": True, "do_rescale": True, "do_normalize": True,
+         "rescale_factor": 1 / 255, "resample": 2, "size": {"height": 128, "width": 128},
+         "image_mean": [0.5] * 3, "image_std": [0.5] * 3},
+    )  # fmt: skip
 
 
 # --- recipes ------------------------------------------------------------------------------------------------------

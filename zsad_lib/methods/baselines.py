@@ -51,9 +51,8 @@ def patch_knn_map(images, patch=7, stride=2, k=5):
         if int((~overlapping).sum(1).min()) < k:
             raise ValueError(f"{height}x{width} px hold fewer than {k} {patch} px patches clear of another")
         first = 1024 * len(nearest)
-        nearest.append(
-            torch.stack([_kth_distance(p[first : first + 1024], p, overlapping, k) for p in patches])
-        )
+        distances = [_kth_distance(p[first : first + 1024], p, overlapping, k) for p in patches]
+        nearest.append(torch.stack(distances))
     out = torch.cat(nearest, dim=1).view(-1, 1, len(rows), len(columns)).float() / patches.shape[2] ** 0.5
     reach = [int(rows[-1]) + 1, int(columns[-1]) + 1]
     out = F.interpolate(out, reach, mode="bilinear", align_corners=True)
@@ -62,11 +61,9 @@ def patch_knn_map(images, patch=7, stride=2, k=5):
 
 def _kth_distance(queries, patches, excluded, k):
     """Euclidean distance of each query [Q,D] to its k-th nearest of the patches [N,D] not excluded [Q,N]."""
-    squared = torch.addmm(patches.square().sum(1), queries, patches.T, alpha=-2).masked_fill_(
-        excluded, torch.inf
-    )
-    squared = squared.topk(k, largest=False).values[:, -1] + queries.square().sum(1)
-    return squared.clamp(min=0).sqrt()
+    squared = torch.addmm(patches.square().sum(1), queries, patches.T, alpha=-2)
+    squared = squared.masked_fill_(excluded, torch.inf).topk(k, largest=False).values[:, -1]
+    return (squared + queries.square().sum(1)).clamp(min=0).sqrt()
 
 
 class Baseline:

@@ -1,0 +1,58 @@
+"""Which start does DIVAD's lite profile use? Measured on validation drawings, never on the benchmark's images.
+
+    python benchmarks/choose_divad_start.py [BACKBONE] [FEATURES]
+
+For every pair (level of the latent, level denoising starts at) and guidance scale: mean over categories of image
+AUROC, pixel AUROC and AUPRO in percent, and the network evaluations an image costs.
+"""
+
+import sys
+from itertools import product
+
+import pandas as pd
+import torch
+from tqdm.auto import tqdm
+
+from zsad_lib import maps, metrics, synthad
+from zsad_lib.backbones import load_backbone, load_features
+from zsad_lib.methods import make_method
+from zsad_lib.profiles import PROFILES, profile_options
+
+LATENT, DENOISE, GUIDANCE = (1, 101, 201, 301, 401, 501, 601), (201, 301, 401, 501, 601, 701), (1.0, 2.0)
+KINDS = ("good", "good", "good", *synthad.DEFECTS)
+
+
+def main(backbone=PROFILES["lite"]["backbone"], features=PROFILES["lite"]["features"]):
+    options = profile_options("lite", "divad")
+    models = {"backbone": load_backbone(backbone), "features": load_features(features)}
+    drawn = [(c, k, synthad.draw(c, f"val/{k}", kind)) for c in synthad.CATEGORIES for k, kind in enumerate(KINDS)]
+    images = torch.stack([torch.from_numpy(d.image) for _, _, d in drawn]).permute(0, 3, 1, 2).float() / 255
+    masks = torch.stack([torch.from_numpy(d.mask) for _, _, d in drawn]).numpy()
+    categories = [c for c, _, _ in drawn]
+    ids = [f"{c}/{k}" for c, k, _ in drawn]
+    labels = masks.any((1, 2)).astype(int)
+    with torch.inference_mode():
+        theirs = models["features"](images)
+    rows = []
+    settings = [s for s in product(LATENT, DENOISE, GUIDANCE) if s[0] <= s[1] and (s[2] == 1 or s[0] in (201, 401))]
+    for t_latent, t_denoise, guidance_scale in tqdm(settings):
+        method = make_method("divad", **{**options, **models, "t_latent": t_latent, "t_denoise": t_denoise,
+                                         "guidance_scale": guidance_scale})  # fmt: skip
+        before = models["backbone"].evaluations
+        with torch.inference_mode():
+            redrawn, _ = method.reconstruct(images, ids, categories)
+            found = maps.smooth(maps.anomaly_map(theirs, models["features"](redrawn), 64), options["sigma"])
+        scores = maps.image_score(found, options["pool"]).numpy()
+        table = metrics.evaluate(categories, labels, scores, found.numpy(), masks, n_bootstrap=0)
+        mean = table[table.category == "mean"].set_index("metric").value * 100
+        cost = (models["backbone"].evaluations - before) / len(images)
+        rows.append(
+            [t_latent, t_denoise, guidance_scale, *mean[["image_auroc", "pixel_auroc", "aupro"]].round(1), cost]
+        )
+        print(rows[-1], flush=True)
+    columns = ["t_latent", "t_denoise", "guidance", "image AUROC", "pixel AUROC", "AUPRO", "evaluations"]
+    print(pd.DataFrame(rows, columns=columns).sort_values("AUPRO", ascending=False).to_string(index=False))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
