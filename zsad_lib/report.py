@@ -1,9 +1,12 @@
 """The report: run the benchmark and every notebook, keep their figures and tables, and say where all came from."""
 
+import csv
 import importlib.metadata
+import io
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -14,6 +17,7 @@ import jinja2
 import nbformat
 import papermill
 from nbconvert import HTMLExporter
+from PIL import Image
 from tqdm.auto import tqdm
 
 from zsad_lib import manifest, scoring
@@ -40,28 +44,51 @@ PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>zsad report, {{ profile }} profile</title>
 <style>
- body { font: 16px/1.5 system-ui, sans-serif; max-width: 1080px; margin: 2em auto; padding: 0 1em; color: #222; }
- figure { margin: 2em 0; } figure > img { max-width: 100%; height: auto; }
- figcaption { color: #555; font-size: .92em; margin-top: .4em; }
- .scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: .85em; }
- th, td { border-bottom: 1px solid #ddd; padding: .3em .7em; text-align: right; white-space: nowrap; }
- th:first-child, td:first-child { text-align: left; } nav li { margin: .2em 0; } .missing { color: #a40; }
- code { background: #f4f4f4; padding: .1em .3em; }
+ :root { color-scheme: light; --ink: #1b2430; --soft: #5a6573; --line: #dfe3e8; --link: #1a5fb4; }
+ body { font: 16px/1.55 system-ui, sans-serif; max-width: 1200px; margin: 0 auto; padding: 2rem 1rem 4rem;
+  color: var(--ink); background: #fff; overflow-wrap: anywhere; }
+ h1 { font-size: 1.9rem; line-height: 1.2; margin: 0 0 .5rem; }
+ h2 { font-size: 1.4rem; margin: 3.5rem 0 0; padding-top: 1.2rem; border-top: 2px solid var(--ink); }
+ a { color: var(--link); } code { font-size: .9em; background: #f1f3f5; padding: .1em .3em; border-radius: 3px; }
+ .facts, nav small, figcaption { color: var(--soft); } .facts, figcaption { max-width: 78ch; }
+ nav ul { list-style: none; padding: 0; margin: 1.5rem 0; } nav li { padding: .3rem 0; }
+ nav li > a { font-weight: 600; margin-right: .4em; }
+ .missing { background: #fff6e5; border-left: 4px solid #c77700; padding: .6rem .9rem; margin: .6rem 0; }
+ figure { margin: 2rem 0 2.8rem; } figure img { display: block; max-width: 100%; height: auto; }
+ figcaption { font-size: .92rem; margin-top: .7rem; } figcaption span { white-space: nowrap; }
+ .scroll { overflow-x: auto; background: linear-gradient(to left, #fff 50%, #fff0) right / 2rem 100% no-repeat local,
+  linear-gradient(to left, #1b243033, #1b243000) right / .9rem 100% no-repeat; } /* a shadow while columns are hidden */
+ table { border-collapse: collapse; font-size: .88rem; line-height: 1.4; }
+ th, td { border-bottom: 1px solid var(--line); padding: .4em .75em; text-align: right; white-space: nowrap;
+  vertical-align: baseline; font-variant-numeric: tabular-nums; }
+ .words { text-align: left; } th { font-weight: 600; } thead tr:last-child th { border-bottom: 2px solid var(--ink); }
+ th:first-child { text-align: left; position: sticky; left: 0; background: #fff; padding-left: 0; }
+ tbody th { font-weight: 500; } tbody th div { white-space: normal; width: max-content; max-width: min(26em, 36vw); }
+ tbody tr:hover > * { background: #f4f7fa; }
 </style></head><body>
 <h1>zsad report, {{ profile }} profile</h1>
-<p>Revision <code>{{ provenance.revision }}</code>, {{ provenance.finished }}, {{ provenance.seconds }} s on
-{{ provenance.machine }}. Where every number comes from: <a href="provenance.json">provenance.json</a>.</p>
-<nav><ul>{% for s in sections %}<li><a href="#{{ s.name }}">{{ s.name }}</a>: {{ s.exhibits|length }} exhibits,
-{{ s.seconds }} s{% if s.html %} (<a href="{{ s.html }}">the notebook</a>){% endif %}</li>{% endfor %}</ul></nav>
+<p class="facts">Finished {{ provenance.finished }} after {{ provenance.seconds }} s on {{ provenance.machine }}.<br>
+Revision <code>{{ provenance.revision }}</code><br>
+Where every number comes from: <a href="provenance.json">provenance.json</a></p>
+<nav><ul>{% for s in sections %}<li><a href="#{{ s.name }}">{{ s.name.replace("_", " ")|capitalize }}</a>
+<small>{{ s.exhibits|length }} exhibit{{ "" if s.exhibits|length == 1 else "s" }}, {{ s.seconds }} s{% if s.html %},
+<a href="{{ s.html }}">the notebook</a>{% endif %}</small></li>{% endfor %}</ul></nav>
 {% for note in notes %}<p class="missing">{{ note }}</p>{% endfor %}
-{% for s in sections %}<h2 id="{{ s.name }}">{{ s.name }}</h2>
+{% for s in sections %}<h2 id="{{ s.name }}">{{ s.name.replace("_", " ")|capitalize }}</h2>
 {% for e in s.exhibits %}<figure>
-{% if e.kind == "figure" %}<img src="figures/{{ e.name }}.png" alt="{{ e.caption }}">
-{% else %}<div class="scroll">{{ e.html }}</div>{% endif %}
-<figcaption>{{ e.caption }}
-{% if e.kind == "figure" %}(<a href="figures/{{ e.name }}.svg">SVG</a>)
-{% else %}(<a href="tables/{{ e.name }}.csv">CSV</a>, <a href="tables/{{ e.name }}.md">Markdown</a>,
-<a href="tables/{{ e.name }}.tex">LaTeX</a>){% endif %}</figcaption></figure>
+{% if e.kind == "figure" %}<a href="figures/{{ e.name }}.svg"><img src="figures/{{ e.name }}.png"
+ width="{{ e.width }}" height="{{ e.height }}" alt="{{ e.caption }}"></a>
+{% else %}<div class="scroll"><table>
+<thead>{% for row in e.head %}<tr>{% for cell in row %}<th{% if e.words[loop.index0] %} class="words"{% endif %}>
+{{- cell }}</th>{% endfor %}</tr>{% endfor %}</thead>
+<tbody>{% for row in e.body %}<tr>{% for cell in row %}
+{%- if loop.first %}<th scope="row"><div>{{ cell }}</div></th>
+{%- else %}<td{% if e.words[loop.index0] %} class="words"{% endif %}>{{ cell }}</td>
+{%- endif %}{% endfor %}</tr>{% endfor %}</tbody></table></div>
+{% endif %}<figcaption>{{ e.caption }}
+{% if e.kind == "figure" %}<span>(<a href="figures/{{ e.name }}.svg">SVG</a>)</span>
+{% else %}<span>(<a href="tables/{{ e.name }}.csv">CSV</a>, <a href="tables/{{ e.name }}.md">Markdown</a>,
+<a href="tables/{{ e.name }}.tex">LaTeX</a>)</span>{% endif %}</figcaption></figure>
 {% endfor %}{% endfor %}
 </body></html>
 """
@@ -153,15 +180,26 @@ def provenance(profile: str, durations: dict[str, float]) -> dict:
     }
 
 
-def _section(name: str, out: Path, seconds: float) -> dict:
-    import pandas as pd
+def _table(path: Path) -> dict:
+    """The cells of a table of `Gallery` as text, for the page; ``words`` says which columns hold no numbers."""
+    rows = list(csv.reader(io.StringIO(Path(f"{path}.csv").read_text())))
+    rows = [[f"{float(c):.6g}" if re.fullmatch(r"-?\d+\.\d{7,}", c) else c for c in row] for row in rows]
+    # the Markdown's header is one line and a rule, however many levels the columns have
+    levels = max(1, len(rows) - (len(Path(f"{path}.md").read_text().splitlines()) - 2))
+    head, body = rows[:levels], rows[levels:]
+    words = [not any(re.match(r"[-+]?\d", row[c]) for row in body) for c in range(len(head[0]))]
+    return {"head": head, "body": body, "words": words}
 
+
+def _section(name: str, out: Path, seconds: float) -> dict:
     listing = out / "exhibits" / f"{name}.jsonl"
     exhibits = [json.loads(line) for line in listing.read_text().splitlines()] if listing.exists() else []
     for exhibit in exhibits:
         if exhibit["kind"] == "table":
-            frame = pd.read_csv(out / "tables" / f"{exhibit['name']}.csv", index_col=0)
-            exhibit["html"] = frame.to_html(border=0, na_rep="")
+            exhibit.update(_table(out / "tables" / exhibit["name"]))
+        else:
+            with Image.open(out / "figures" / f"{exhibit['name']}.png") as picture:  # 160 pixels an inch, shown as 100
+                exhibit["width"], exhibit["height"] = (round(n / 1.6) for n in picture.size)
     page = Path("notebooks") / f"{name}.html"
     return {"name": name, "exhibits": exhibits, "seconds": seconds, "html": page if (out / page).exists() else None}
 
@@ -171,10 +209,6 @@ def write_index(profile: str, out: Path, durations: dict[str, float], notes: lis
     (out / "provenance.json").write_text(json.dumps(facts, indent=2) + "\n")
     sections = [_section(name, out, seconds) for name, seconds in durations.items()]
     template = jinja2.Environment(autoescape=True).from_string(PAGE)
-    for section in sections:
-        for exhibit in section["exhibits"]:
-            if "html" in exhibit:
-                exhibit["html"] = jinja2.filters.Markup(exhibit["html"])
     page = template.render(profile=profile, provenance=facts, sections=sections, notes=notes)
     (out / "index.html").write_text(page)
     return out / "index.html"

@@ -4,6 +4,7 @@ import html
 from collections.abc import Callable, Sequence
 
 import ipywidgets as widgets
+import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
 from zsad_lib.plots import png_bytes
@@ -31,10 +32,14 @@ def live(draw: Callable[..., Figure], **controls: widgets.ValueWidget) -> widget
     message = widgets.HTML()
 
     def update(_change=None):
+        open_before = set(plt.get_fignums())
         try:
             picture.value = png_bytes(draw(**{name: control.value for name, control in controls.items()}))
-            message.value = ""
+            message.value, picture.layout.display = "", None
         except Exception as error:
+            for number in set(plt.get_fignums()) - open_before:
+                plt.close(number)  # or the next cell would show the half-drawn figure
+            picture.layout.display = "none"
             message.value = f"<pre style='color:#b00'>{html.escape(f'{type(error).__name__}: {error}')}</pre>"
 
     for control in controls.values():
