@@ -20,7 +20,7 @@ test: $(STAMP) browser
 		$(MAKE) --no-print-directory $$part || status=1; done; exit $$status
 
 lint: $(STAMP)
-	@$(STAGE) lint $(BIN)/ruff check .
+	@$(STAGE) lint $(BIN)/ruff check . && $(STAGE) format $(BIN)/ruff format --check .
 
 unit: $(STAMP)
 	@$(STAGE) "unit tests" $(BIN)/python -m pytest

@@ -131,9 +131,7 @@ def test_load_backbone(saved):
     assert backbone.name == "tiny" and backbone.dtype == torch.float32 and backbone.device.type == "cpu"
     assert backbone.latent_shape == (4, 8, 8) and backbone.image_size == 32 and backbone.steps_offset == 1
     assert type(backbone.scheduler).__name__ == "DDIMScheduler"
-    assert (
-        torch.allclose(backbone.alphas_cumprod, built.alphas_cumprod) and backbone.alphas_cumprod.dim() == 1
-    )
+    assert torch.allclose(backbone.alphas_cumprod, built.alphas_cumprod) and backbone.alphas_cumprod.dim() == 1
     assert backbone.config == built.config and json.loads(json.dumps(backbone.config)) == backbone.config
     assert not any(p.requires_grad for p in backbone.unet.parameters()) and not backbone.vae.training
     images = torch.rand(2, 3, 32, 48)
@@ -231,9 +229,7 @@ def test_fingerprint_sees_a_retrained_model():
 
 
 def test_wrong_folders(copy, tmp_path):
-    with pytest.raises(
-        BackboneError, match="lacks model_index.json, vae/config.json, unet/config.json, text_enc"
-    ):
+    with pytest.raises(BackboneError, match="lacks model_index.json, vae/config.json, unet/config.json, text_enc"):
         load_backbone(tmp_path)
     shutil.rmtree(copy / "tokenizer")
     (copy / "vae" / "config.json").unlink()
@@ -386,11 +382,7 @@ def test_resnet_features(resnet):
     extract = load_features(resnet, device="cpu")
     features = extract(images)
     assert [f.shape[1:] for f in features] == [(6, 8, 8), (8, 4, 4), (10, 2, 2)]
-    states = (
-        ResNetModel.from_pretrained(resnet)
-        .eval()(normalised(images), output_hidden_states=True)
-        .hidden_states
-    )
+    states = ResNetModel.from_pretrained(resnet).eval()(normalised(images), output_hidden_states=True).hidden_states
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(features, states[2:], strict=True))
     (first,) = load_features(resnet, device="cpu", layers=[1])(images)
     assert torch.allclose(first, states[1], atol=1e-5)

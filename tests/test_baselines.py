@@ -90,11 +90,7 @@ def test_batches_sizes_and_repeats(name):
     method, images = make_method(name), torch.rand(3, 3, 64, 64)
     whole = method.score(images, list("abc"), list("xyz"))
     again = method.score(images, list("def"), list("xxx"))
-    assert (
-        torch.equal(whole.map, again.map)
-        and whole.map.shape == (3, 64, 64)
-        and whole.map.dtype == torch.float32
-    )
+    assert torch.equal(whole.map, again.map) and whole.map.shape == (3, 64, 64) and whole.map.dtype == torch.float32
     for i in range(3):
         alone = method.score(images[i : i + 1], ["a"], ["x"])
         assert torch.allclose(alone.map[0], whole.map[i], atol=1e-5)
@@ -173,9 +169,7 @@ def test_image_noise():
 def test_registry():
     assert {"divad", *BASELINES} <= set(METHODS)
     assert method_options("divad")["start_step"] == 40 and "backbone" not in method_options("divad")
-    with pytest.raises(
-        MethodError, match="no method 'dived'; there are: divad, local_contrast, median, patch_knn"
-    ):
+    with pytest.raises(MethodError, match="no method 'dived'; there are: divad, local_contrast, median, patch_knn"):
         make_method("dived")
     with pytest.raises(MethodError, match="no option sigmma; it has: size=64, sigma=1.5, pool=2"):
         make_method("median", sigmma=3)

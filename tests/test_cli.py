@@ -190,9 +190,7 @@ def test_evaluate_leaves_out_unfinished_runs_and_other_datasets(tree):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"state": "interrupted"}))
     result = run_cli(cli.app, ["evaluate"])
     assert "left out, interrupted" in result.output
-    assert isinstance(result.exception, scoring.ScoringError) and "`zsad score` first" in str(
-        result.exception
-    )
+    assert isinstance(result.exception, scoring.ScoringError) and "`zsad score` first" in str(result.exception)
     result = run_cli(cli.app, ["evaluate", "--dataset", "synthad"])
     assert "no finished run on synthad" in str(result.exception)
 

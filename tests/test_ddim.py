@@ -215,9 +215,7 @@ def test_callback_and_stop():
         calls.append(t)
         return 0.1 * z
 
-    path = ddim.invert(
-        predict, torch.ones(1, 1, 2, 2), ALPHAS, 10, stop=301, callback=lambda t, z: seen.append((t, z))
-    )
+    path = ddim.invert(predict, torch.ones(1, 1, 2, 2), ALPHAS, 10, stop=301, callback=lambda t, z: seen.append((t, z)))
     assert calls == [101, 201, 301] == [t for t, _ in seen] == [t for t, _ in path]
     assert all(a is b for (_, a), (_, b) in zip(seen, path, strict=True))
     whole = ddim.invert(predict, torch.ones(1, 1, 2, 2), ALPHAS, 10)

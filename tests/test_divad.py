@@ -62,9 +62,7 @@ def test_golden_reconstruction(golden, monkeypatch, case, setting):
         return stored["posterior_noise"]
 
     monkeypatch.setattr(divad, "image_noise", stored_noise)
-    method = DIVAD(
-        golden, load_features("pixels", "cpu"), posterior="sample", **SETTINGS[setting], sigma=1.25, pool=2
-    )
+    method = DIVAD(golden, load_features("pixels", "cpu"), posterior="sample", **SETTINGS[setting], sigma=1.25, pool=2)
     images = stored["image"].permute(2, 0, 1)[None] / 255
     scores = method.score(images, ["an id"], [CATEGORIES[case]])
     assert drawn == [(["an id"], tuple(stored["posterior_noise"].shape[1:]))]
@@ -199,8 +197,8 @@ def test_each_prompt_is_encoded_once(monkeypatch):
     monkeypatch.setattr(method.backbone, "embed", lambda prompts: encoded.extend(prompts) or embed(prompts))
     images = torch.rand(3, 3, 32, 32)
     for _ in range(2):
-        method.score(images, ["a", "b", "c"], ["nut", "tile", "nut"])
-    assert sorted(encoded) == ["", "An image of a nut", "An image of a tile"]
+        method.score(images, ["a", "b", "c"], ["metal_nut", "tile", "metal_nut"])
+    assert sorted(encoded) == ["", "An image of a metal nut", "An image of a tile"]
 
 
 def test_config_names_everything_that_changes_the_numbers():

@@ -117,10 +117,17 @@ def test_evaluate_equals_the_golden_values(variant):
     values, masks, maps, image_scores, _ = golden("inverted")
     frame = evaluate(["a"] * 8, LABELS, image_scores, maps, masks, n_bootstrap=0, variant=variant)
     measured = frame[frame.category == "a"].set_index("metric").value
-    image, pixel, pro = (("true_image_auroc", "true_pixel_auroc", "aupro03_exact") if variant == "exact"
-                         else ("max", "pixel", "pro"))
-    wanted = {"image_auroc": image, "pixel_auroc": pixel, "aupro": pro, "image_f1max": "f1sp",
-              "pixel_ap": "appx", "pixel_f1max": "f1px"}
+    image, pixel, pro = (
+        ("true_image_auroc", "true_pixel_auroc", "aupro03_exact") if variant == "exact" else ("max", "pixel", "pro")
+    )
+    wanted = {
+        "image_auroc": image,
+        "pixel_auroc": pixel,
+        "aupro": pro,
+        "image_f1max": "f1sp",
+        "pixel_ap": "appx",
+        "pixel_f1max": "f1px",
+    }
     for metric, key in wanted.items():
         assert measured[metric] == pytest.approx(values[key], abs=1e-9), metric
 
@@ -193,12 +200,15 @@ def test_values_do_not_depend_on_the_order_of_images():
 
 
 @pytest.mark.parametrize("metric", [auroc, average_precision, f1_max, metrics.auroc_official])
-@pytest.mark.parametrize("labels, scores, reason", [
-    ([0, 0, 0], [1, 2, 3], "no anomalous item among 3"),
-    ([1, 1], [1, 2], "no normal item among 2"),
-    ([0, 1, 1], [1, np.nan, np.inf], "2 of 3 item scores are NaN or infinite"),
-    ([], [], "no item at all"),
-])
+@pytest.mark.parametrize(
+    "labels, scores, reason",
+    [
+        ([0, 0, 0], [1, 2, 3], "no anomalous item among 3"),
+        ([1, 1], [1, 2], "no normal item among 2"),
+        ([0, 1, 1], [1, np.nan, np.inf], "2 of 3 item scores are NaN or infinite"),
+        ([], [], "no item at all"),
+    ],
+)
 def test_undefined_image_metrics_say_why(metric, labels, scores, reason):
     with pytest.raises(UndefinedMetric, match=reason):
         metric(labels, scores)
@@ -237,21 +247,24 @@ def test_official_aupro_is_undefined_where_the_official_code_fails():
         metrics.aupro_official(masks, np.where(masks | (np.arange(100).reshape(1, 10, 10) < 99), 1.0, 0.0))
 
 
-@pytest.mark.parametrize("call, message", [
-    (lambda: auroc([0, 1], [1, 2, 3]), r"\(2,\) and scores \(3,\)"),
-    (lambda: auroc([0, 255], [1, 2]), "found 255: threshold masks first"),
-    (lambda: auroc([0, -1], [1, 2]), "images without a label"),
-    (lambda: auroc([0, 1], ["a", "b"]), "scores must be numbers"),
-    (lambda: aupro(np.zeros((4, 4)), np.zeros((4, 4))), r"must both be \[B,H,W\]"),
-    (lambda: aupro(np.zeros((1, 4, 4)), np.zeros((1, 4, 5))), r"must both be \[B,H,W\]"),
-    (lambda: aupro(np.eye(4)[None], np.zeros((1, 4, 4)), limit=30), "false positive rate"),
-    (lambda: evaluate(["a"], [0, 1], [1, 2]), "one entry per image"),
-    (lambda: evaluate(["a"] * 2, [0, 1], [[1], [2]]), "one score each"),
-    (lambda: evaluate([], [], []), "at least one image"),
-    (lambda: evaluate(["a"] * 2, [0, 1], [1, 2], variant="fast"), "got 'fast'"),
-    (lambda: evaluate(["a"] * 2, [0, 1], [1, 2], np.ones((2, 4, 4)), np.ones((2, 4, 4))), "image 0 .a. is"),
-    (lambda: format_table(evaluate(["a"] * 2, [0, 1], [1, 2]), ["f1"]), "no such metric"),
-])
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: auroc([0, 1], [1, 2, 3]), r"\(2,\) and scores \(3,\)"),
+        (lambda: auroc([0, 255], [1, 2]), "found 255: threshold masks first"),
+        (lambda: auroc([0, -1], [1, 2]), "images without a label"),
+        (lambda: auroc([0, 1], ["a", "b"]), "scores must be numbers"),
+        (lambda: aupro(np.zeros((4, 4)), np.zeros((4, 4))), r"must both be \[B,H,W\]"),
+        (lambda: aupro(np.zeros((1, 4, 4)), np.zeros((1, 4, 5))), r"must both be \[B,H,W\]"),
+        (lambda: aupro(np.eye(4)[None], np.zeros((1, 4, 4)), limit=30), "false positive rate"),
+        (lambda: evaluate(["a"], [0, 1], [1, 2]), "one entry per image"),
+        (lambda: evaluate(["a"] * 2, [0, 1], [[1], [2]]), "one score each"),
+        (lambda: evaluate([], [], []), "at least one image"),
+        (lambda: evaluate(["a"] * 2, [0, 1], [1, 2], variant="fast"), "got 'fast'"),
+        (lambda: evaluate(["a"] * 2, [0, 1], [1, 2], np.ones((2, 4, 4)), np.ones((2, 4, 4))), "image 0 .a. is"),
+        (lambda: format_table(evaluate(["a"] * 2, [0, 1], [1, 2]), ["f1"]), "no such metric"),
+    ],
+)
 def test_wrong_inputs_are_named(call, message):
     with pytest.raises(ValueError, match=message) as caught:
         call()
@@ -276,9 +289,11 @@ def test_draws_equal_brute_force_resampling(levels):
     for draw, counts in enumerate(weights.T.astype(int)):
         picked = np.repeat(np.arange(9), counts)
         image, pixel = (labels[picked], scores[picked]), (masks[picked].ravel(), maps[picked].ravel())
-        wanted = {f"{item}_{name}": function(*pair) for item, pair in (("image", image), ("pixel", pixel))
-                  for name, function in (("auroc", roc_auc_score), ("ap", average_precision_score),
-                                         ("f1max", sklearn_f1_max))}
+        wanted = {
+            f"{item}_{name}": function(*pair)
+            for item, pair in (("image", image), ("pixel", pixel))
+            for name, function in (("auroc", roc_auc_score), ("ap", average_precision_score), ("f1max", sklearn_f1_max))
+        }
         wanted["aupro"] = plain_aupro(masks[picked], maps[picked])
         for metric, value in wanted.items():
             assert exact[metric][draw] == pytest.approx(value, abs=1e-12), metric
@@ -301,15 +316,27 @@ def test_draws_are_stratified_whole_sets():
 def test_intervals_are_percentiles_of_the_draws_and_ignore_other_categories():
     labels, scores, maps, masks = toy(6, n=12)
     order = np.lexsort((maps.sum((1, 2)), scores))
-    draws = [auroc(labels[order][rows], scores[order][rows]) for rows in
-             (np.repeat(np.arange(12), column) for column in
-              metrics._draws(labels[order] == 1, "a", "a", 50, seed=3)[:, 1:].T.astype(int))]
+    draws = [
+        auroc(labels[order][rows], scores[order][rows])
+        for rows in (
+            np.repeat(np.arange(12), column)
+            for column in metrics._draws(labels[order] == 1, "a", "a", 50, seed=3)[:, 1:].T.astype(int)
+        )
+    ]
     alone = evaluate(["a"] * 12, labels, scores, maps, masks, n_bootstrap=50, seed=3, confidence=0.8)
     low, high = np.quantile(draws, [0.1, 0.9])
     assert (alone.low[0], alone.high[0]) == pytest.approx((low, high))
     assert alone.metric[0] == "image_auroc" and low < alone.value[0] < high
-    both = evaluate(["a"] * 12 + ["b"] * 12, np.tile(labels, 2), np.tile(scores, 2), np.tile(maps, (2, 1, 1)),
-                    np.tile(masks, (2, 1, 1)), n_bootstrap=50, seed=3, confidence=0.8)
+    both = evaluate(
+        ["a"] * 12 + ["b"] * 12,
+        np.tile(labels, 2),
+        np.tile(scores, 2),
+        np.tile(maps, (2, 1, 1)),
+        np.tile(masks, (2, 1, 1)),
+        n_bootstrap=50,
+        seed=3,
+        confidence=0.8,
+    )
     pd.testing.assert_frame_equal(both[both.category == "a"], alone[alone.category == "a"])
     width = both.assign(width=both.high - both.low).pivot(index="category", columns="metric", values="width")
     assert (width.loc["a"] != width.loc["b"]).any()  # categories draw independently,
@@ -386,8 +413,12 @@ def test_frame_without_maps_or_masks_or_with_broken_scores():
 def test_official_variant_changes_only_auroc_and_aupro():
     labels, scores, maps, masks = toy(2)
     scores += 2 * labels
-    exact, official = (evaluate(["a"] * 9, labels, -scores, -maps, masks, n_bootstrap=30, variant=variant)
-                       .query("category == 'a'").set_index("metric") for variant in ("exact", "official"))
+    exact, official = (
+        evaluate(["a"] * 9, labels, -scores, -maps, masks, n_bootstrap=30, variant=variant)
+        .query("category == 'a'")
+        .set_index("metric")
+        for variant in ("exact", "official")
+    )
     for metric in ("image_auroc", "pixel_auroc"):
         assert exact.value[metric] < 0.5 and official.value[metric] == pytest.approx(1 - exact.value[metric])
         assert official.low[metric] >= 0.5
@@ -414,10 +445,17 @@ def test_defect_types_are_measured_against_all_normal_images_of_their_category()
 
 
 def test_format_table():
-    frame = pd.DataFrame([("b", "aupro", 0.8721, 0.8409, 0.9), ("b", "image_ap", 1.0, np.nan, np.nan),
-                          ("a", "aupro", np.nan, np.nan, np.nan), ("a", "image_ap", 0.5, 0.25, 0.75),
-                          ("mean", "aupro", 0.8721, 0.8409, 0.9), ("mean", "image_ap", 0.75, 0.7, 0.8)],
-                         columns=["category", "metric", "value", "low", "high"])
+    frame = pd.DataFrame(
+        [
+            ("b", "aupro", 0.8721, 0.8409, 0.9),
+            ("b", "image_ap", 1.0, np.nan, np.nan),
+            ("a", "aupro", np.nan, np.nan, np.nan),
+            ("a", "image_ap", 0.5, 0.25, 0.75),
+            ("mean", "aupro", 0.8721, 0.8409, 0.9),
+            ("mean", "image_ap", 0.75, 0.7, 0.8),
+        ],
+        columns=["category", "metric", "value", "low", "high"],
+    )
     table = format_table(frame)
     assert list(table.index) == ["b", "a", "mean"] and list(table.columns) == ["aupro", "image_ap"]
     assert list(table.aupro) == ["87.2 [84.1, 90.0]", "n/a", "87.2 [84.1, 90.0]"]

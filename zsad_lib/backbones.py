@@ -121,9 +121,7 @@ class Backbone:
         """The VAE's posterior of images [B,3,H,W] in [0,1]: (mean, std), each [B,C,h,w], not scaled."""
         height, width = images.shape[-2:]
         if height % self.scale_factor or width % self.scale_factor:
-            raise ValueError(
-                f"images of {height}x{width} px: both sides must be multiples of {self.scale_factor}"
-            )
+            raise ValueError(f"images of {height}x{width} px: both sides must be multiples of {self.scale_factor}")
         posterior = self.vae.encode(2 * images.to(self.device, torch.float32) - 1).latent_dist
         return posterior.mean, posterior.std
 
@@ -144,9 +142,7 @@ class Backbone:
         for prompt, ids in zip(prompts, self.tokenizer(prompts).input_ids, strict=True):
             if len(ids) > length:
                 warnings.warn(f"prompt cut from {len(ids)} to {length} tokens: {prompt!r}", stacklevel=2)
-        tokens = self.tokenizer(
-            prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
-        )
+        tokens = self.tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
         return self.text_encoder(tokens.input_ids.to(self.device))[0]
 
     def predict_noise(self, z, t, cond, uncond=None, guidance_scale=1.0):
@@ -251,13 +247,9 @@ def load_features(name_or_path, device="auto", size=None, layers=None, random_we
     where = _locate(name_or_path, FEATURE_FILES, "transformers vision model")
     kind = _fetch(where, None, AutoConfig.from_pretrained).model_type
     if kind not in ("vit", "dinov2", "resnet"):
-        raise BackboneError(
-            f"{where.name} is a {kind!r} model; features come from 'vit', 'dinov2' or 'resnet' models"
-        )
+        raise BackboneError(f"{where.name} is a {kind!r} model; features come from 'vit', 'dinov2' or 'resnet' models")
     if kind != "resnet" and layers is not None:
-        raise BackboneError(
-            f"{where.name} is a {kind!r} model: its last layer is used, `layers` is for ResNets"
-        )
+        raise BackboneError(f"{where.name} is a {kind!r} model: its last layer is used, `layers` is for ResNets")
     options = {"add_pooling_layer": False} if kind == "vit" else {}  # DINO's files have no pooler
     model = _weights(where, None, AutoModel, heads=True, dtype=torch.float32, **options)
     if random_weights:
@@ -269,9 +261,7 @@ def load_features(name_or_path, device="auto", size=None, layers=None, random_we
         stages = len(model.config.depths)
         layers = tuple(layers or range(max(1, stages - 2), stages + 1))
         if not all(1 <= layer <= stages for layer in layers):
-            raise BackboneError(
-                f"{where.name} has stages 1 to {stages}, not {list(layers)}"
-            )
+            raise BackboneError(f"{where.name} has stages 1 to {stages}, not {list(layers)}")
         forward = _resnet_stages(model, layers)
     else:
         forward = _patch_tokens(model, kind)
@@ -304,9 +294,7 @@ def pick_device(device="auto"):
     cuda = torch.cuda.is_available()
     device = torch.device(("cuda" if cuda else "cpu") if device == "auto" else device)
     if device.type == "cuda" and not cuda:
-        raise BackboneError(
-            "device 'cuda' was asked for, but torch finds no CUDA GPU; use device='auto' or 'cpu'"
-        )
+        raise BackboneError("device 'cuda' was asked for, but torch finds no CUDA GPU; use device='auto' or 'cpu'")
     return device
 
 
@@ -337,9 +325,7 @@ def _locate(name_or_path, needed, layout):
         if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
             return _Location(name, name, local=False)
         if path.name != name:
-            raise BackboneError(
-                f"no folder at {path}; give a folder, a checkpoint of data_manifest.yaml or a hub id"
-            )
+            raise BackboneError(f"no folder at {path}; give a folder, a checkpoint of data_manifest.yaml or a hub id")
         try:
             entry = manifest.checkpoint_entry(name)
         except manifest.ManifestError as error:
@@ -368,9 +354,7 @@ def _fetch(where, part, loader, *args, **kwargs):
         reason = str(error).strip().split("\n")[0]
         if where.local:
             what = f"{where.source}/{part}" if part else where.source
-            raise BackboneError(
-                f"{what} cannot be read: {reason}. Restore the folder or download it again"
-            ) from error
+            raise BackboneError(f"{what} cannot be read: {reason}. Restore the folder or download it again") from error
         raise BackboneError(
             f"{where.source} is neither a folder here nor complete in the local hub cache, and fetching "
             f"it failed: {reason} Fetch it once where there is a network (hf download {where.source}), or "
@@ -389,9 +373,7 @@ def _weights(where, part, cls, heads=False, **kwargs):
         "mismatched": {str(key) for key in info["mismatched_keys"]},
         "unexpected": set() if heads else set(info["unexpected_keys"]),
     }
-    found = [
-        f"{len(keys)} {kind} ({', '.join(sorted(keys)[:3])} ...)" for kind, keys in wrong.items() if keys
-    ]
+    found = [f"{len(keys)} {kind} ({', '.join(sorted(keys)[:3])} ...)" for kind, keys in wrong.items() if keys]
     if found:
         raise BackboneError(
             f"{where.source}{'/' + part if part else ''}: the weights do not fit config.json: "

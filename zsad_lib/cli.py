@@ -247,9 +247,7 @@ def evaluate(
 
     measured, tables, notes = {}, {}, []
     for title, group in _grouped(_load_runs(runs, out, dataset)).items():
-        measured[title] = scoring.measure(
-            group, per_defect=per_defect, variant=str(variant), n_bootstrap=bootstrap
-        )
+        measured[title] = scoring.measure(group, per_defect=per_defect, variant=str(variant), n_bootstrap=bootstrap)
         tables[title] = scoring.tabulate(measured[title], per_category=per_category or per_defect)
         notes += tables[title].attrs["notes"]
     if format == "csv":
@@ -298,9 +296,7 @@ def _load_runs(folders: list[Path] | None, out: Path, dataset: str | None) -> li
             loaded.append(load_results(folder))
     if not loaded:
         where = f"among {len(found)} run folders" if folders else f"in {out}"
-        raise ScoringError(
-            f"no finished run {f'on {dataset} ' if dataset else ''}{where}: `zsad score` first"
-        )
+        raise ScoringError(f"no finished run {f'on {dataset} ' if dataset else ''}{where}: `zsad score` first")
     return loaded
 
 

@@ -80,8 +80,7 @@ class AnomalyDataset:
         unknown = [name for name in wanted if name not in known]
         if unknown:
             raise DatasetError(
-                f"{self.name} in {self.root} has no {field} {', '.join(map(repr, unknown))}; "
-                f"it has: {', '.join(known)}"
+                f"{self.name} in {self.root} has no {field} {', '.join(map(repr, unknown))}; it has: {', '.join(known)}"
             )
         return [sample for sample in samples if getattr(sample, field) in wanted]
 
@@ -213,9 +212,7 @@ def _require_unique_ids(samples):
     for sample in samples:
         other = seen.setdefault(sample.id, sample)
         if other is not sample:
-            raise DatasetError(
-                f"{other.image_path} and {sample.image_path} would share the id {sample.id}: rename one"
-            )
+            raise DatasetError(f"{other.image_path} and {sample.image_path} would share the id {sample.id}: rename one")
 
 
 READERS = {"mvtec": _read_mvtec, "magnetic_tile": _read_magnetic_tile, "folder": _read_folder}

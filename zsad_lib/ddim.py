@@ -59,9 +59,7 @@ def denoising_steps(n_steps, start_step=0, T=1000, offset=1):
     It ends at the grid's first level; the official loop's last step goes from there to itself, an identity.
     """
     if not 0 <= start_step < n_steps:
-        raise ValueError(
-            f"start_step must be 0 to {n_steps - 1} for {n_steps} denoising steps, not {start_step}"
-        )
+        raise ValueError(f"start_step must be 0 to {n_steps - 1} for {n_steps} denoising steps, not {start_step}")
     levels = ascending_grid(n_steps, T, offset)[: n_steps - start_step][::-1]
     return list(pairwise([*levels, levels[-1]]))
 

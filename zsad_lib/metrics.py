@@ -84,8 +84,10 @@ def _binary(values, name):
     values = np.asarray(values)
     if values.dtype != bool and not ((values == 0) | (values == 1)).all():
         wrong = values[(values != 0) & (values != 1)].flat[0]
-        raise ValueError(f"{name} must be 0 (normal) or 1 (anomalous), found {wrong}: threshold masks first, "
-                         "and leave out images without a label")
+        raise ValueError(
+            f"{name} must be 0 (normal) or 1 (anomalous), found {wrong}: threshold masks first, "
+            "and leave out images without a label"
+        )
     return values.astype(bool)
 
 
@@ -173,8 +175,8 @@ def _sweep(pool, weights, limit=0.3):
     cut, above = limit * n_neg, np.zeros(weights.shape[1])
     rows = max(1, BLOCK // max(weights.shape))
     for first in range(0, len(starts), rows):
-        before, through = _false_positives(pool, pool.positives[starts[first:first + rows]], weights)
-        gain = members[first:first + rows] @ weights
+        before, through = _false_positives(pool, pool.positives[starts[first : first + rows]], weights)
+        gain = members[first : first + rows] @ weights
         hits = np.cumsum(gain, axis=0)
         hits += above
         above = hits[-1]
@@ -183,11 +185,15 @@ def _sweep(pool, weights, limit=0.3):
         ap += np.einsum("kr,kr->r", gain, hits / np.maximum(found, 1))
         f1 = np.maximum(f1, (2 * hits / np.maximum(found + n_pos, 1)).max(0))
         if pool.share.any():
-            pro += np.einsum("kr,kr->r", shares[first:first + rows] @ weights, _reach(before, through, cut))
+            pro += np.einsum("kr,kr->r", shares[first : first + rows] @ weights, _reach(before, through, cut))
     with np.errstate(invalid="ignore", divide="ignore"):
         undefined = np.where((n_neg > 0) & (n_pos > 0), 0, np.nan)
-        values = {"auroc": area / (n_neg * n_pos), "ap": ap / n_pos, "f1max": f1,
-                  "aupro": np.minimum(pro / (cut * n_regions), 1)}
+        values = {
+            "auroc": area / (n_neg * n_pos),
+            "ap": ap / n_pos,
+            "f1max": f1,
+            "aupro": np.minimum(pro / (cut * n_regions), 1),
+        }
         return {name: value + undefined for name, value in values.items()}
 
 
@@ -215,8 +221,18 @@ def _reach(before, through, cut):
 # ---------------------------------------------------------------------------------------- whole data sets
 
 
-def evaluate(categories, labels, image_scores, maps=None, masks=None, n_bootstrap=200, seed=0,
-             variant="exact", confidence=0.95, defects=None) -> pd.DataFrame:
+def evaluate(
+    categories,
+    labels,
+    image_scores,
+    maps=None,
+    masks=None,
+    n_bootstrap=200,
+    seed=0,
+    variant="exact",
+    confidence=0.95,
+    defects=None,
+) -> pd.DataFrame:
     """Every metric of every category, and their mean, with bootstrap intervals.
 
     categories: n names; labels: [n] 0/1; image_scores: [n]; maps: [n,H,W] or None; masks: bool [n,H,W] or
@@ -236,12 +252,14 @@ def evaluate(categories, labels, image_scores, maps=None, masks=None, n_bootstra
     Raises ValueError for shapes that do not match, labels other than 0/1, or a normal image with a mask.
     """
     if variant not in ("exact", "official") or not 0 < confidence < 1:
-        raise ValueError(f'variant must be "exact" or "official" and confidence in (0, 1), '
-                         f"got {variant!r} and {confidence}")
+        raise ValueError(
+            f'variant must be "exact" or "official" and confidence in (0, 1), got {variant!r} and {confidence}'
+        )
     categories, labels = np.asarray(categories, dtype=str), _binary(labels, "labels")
     image_scores = _floats(image_scores, "image_scores")
-    _check_sizes(categories=categories, labels=labels, image_scores=image_scores, maps=maps, masks=masks,
-                 defects=defects)
+    _check_sizes(
+        categories=categories, labels=labels, image_scores=image_scores, maps=maps, masks=masks, defects=defects
+    )
     pixels = maps is not None and masks is not None
     if pixels:
         masks, maps = _mask_stack(masks, maps if variant == "exact" else np.asarray(maps, dtype=np.float32))
@@ -296,8 +314,10 @@ def _check_sizes(**arrays):
 def _check_order(categories, labels, masks):
     wrong = np.flatnonzero(masks.any((1, 2)) & ~labels)
     if len(wrong):
-        raise ValueError(f"image {wrong[0]} ({categories[wrong[0]]}) is labelled normal but its mask marks "
-                         f"anomalous pixels ({len(wrong)} such images): are both in the same order?")
+        raise ValueError(
+            f"image {wrong[0]} ({categories[wrong[0]]}) is labelled normal but its mask marks "
+            f"anomalous pixels ({len(wrong)} such images): are both in the same order?"
+        )
 
 
 def _groups(categories, labels, defects):
@@ -432,8 +452,9 @@ def _official_counts(pool, low, high, n_thresholds):
 def _official_area(rates, overlaps):
     kept = rates < 0.3
     if kept.sum() < 2:
-        raise UndefinedMetric(f"{kept.sum()} of the official code's thresholds keep the false positive rate "
-                              "below 0.3, two are needed")
+        raise UndefinedMetric(
+            f"{kept.sum()} of the official code's thresholds keep the false positive rate below 0.3, two are needed"
+        )
     if not rates[kept].any():
         raise UndefinedMetric("the largest false positive rate below 0.3, the official code's divisor, is 0")
     return np.trapezoid(overlaps[kept][::-1], rates[kept][::-1]) / rates[kept].max()

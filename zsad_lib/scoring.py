@@ -218,9 +218,7 @@ def tabulate(measured: pd.DataFrame, names=metrics.METRICS, per_category=False) 
     notes = told.groupby(["method", "category", "reason"], sort=False)["metric"].agg(", ".join)
     table = table if per_category else table.droplevel("category")
     table.attrs = {
-        "notes": [
-            f"{label}, {category}: {which}: {reason}" for (label, category, reason), which in notes.items()
-        ]
+        "notes": [f"{label}, {category}: {which}: {reason}" for (label, category, reason), which in notes.items()]
     }
     return table
 

@@ -376,13 +376,24 @@ class AttributeNet(torch.nn.Module):
     def __init__(self, outputs: int):
         super().__init__()
         self.resnet = ResNetModel(
-            ResNetConfig(embedding_size=32, hidden_sizes=[32, 64, 128], depths=[1, 1, 1], layer_type="basic",
+            ResNetConfig(embedding_size=32, hidden_sizes=[32, 64], depths=[2, 2], layer_type="basic",
                          downsample_in_first_stage=False)
         )  # fmt: skip
-        self.head = torch.nn.Linear(128, outputs)
+        self.head = torch.nn.Linear(64, outputs)
 
     def forward(self, pixels):
         return self.head(self.resnet(pixels).pooler_output.flatten(1))
+
+
+def degrade(x: torch.Tensor, generator: torch.Generator, size: int = 128) -> torch.Tensor:
+    """Images [B, 3, H, W] in [-1, 1], randomly blurred, noised and relit, at ``size`` px.
+
+    A reconstruction is always a little blurred: features that read blur as content would see anomalies everywhere.
+    """
+    side = int(x.shape[-1] * (0.35 + 0.65 * torch.rand((), generator=generator)))
+    x = F.interpolate(F.interpolate(x, side, mode="bilinear", antialias=True), size, mode="bilinear")
+    gain, noise = (torch.rand(len(x), 1, 1, 1, generator=generator) for _ in range(2))
+    return x * (0.8 + 0.4 * gain) + 0.1 * noise * torch.randn(x.shape, generator=generator)
 
 
 def train_features(out: Path, work: Path, steps: int, seed: int, device, categories, per_category: int) -> None:
@@ -397,9 +408,7 @@ def train_features(out: Path, work: Path, steps: int, seed: int, device, categor
     def loss(m, generator):
         chosen = _pick(generator, len(images), 32)
         x = to_tensor(images[chosen.numpy()])
-        x = F.interpolate(x, (128, 128), mode="bilinear")
-        x = x + 0.1 * torch.randn(x.shape, generator=generator) * torch.rand(32, 1, 1, 1, generator=generator)
-        logits = m(x.to(device)).float()
+        logits = m(degrade(x, generator).to(device)).float()
         return F.binary_cross_entropy_with_logits(logits, targets[chosen].to(device)) * 10
 
     torch.manual_seed(seed)

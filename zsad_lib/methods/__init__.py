@@ -43,9 +43,7 @@ def make_method(name, backbone=None, features=None, device="auto", random_weight
         raise MethodError("random_weights needs a method with a backbone, given as a name or a folder")
     if "backbone" in accepted:
         _require(name, "backbone", backbone)
-        loaded = (
-            load_backbone(backbone, device, random_weights=random_weights) if _is_name(backbone) else backbone
-        )
+        loaded = load_backbone(backbone, device, random_weights=random_weights) if _is_name(backbone) else backbone
         options["backbone"] = loaded
     if "features" in accepted:
         _require(name, "features", features)

@@ -75,9 +75,7 @@ class Baseline:
 
     def __init__(self, name, raw_map, settings, size, sigma, pool):
         if sigma < 0 or size < 1:
-            raise MethodError(
-                f"{name}: sigma must be 0 or more and size 1 or more pixels, not {sigma} and {size}"
-            )
+            raise MethodError(f"{name}: sigma must be 0 or more and size 1 or more pixels, not {sigma} and {size}")
         try:
             maps.check_pools(size, pool)
             raw_map(torch.zeros(1, 3, size, size))  # what cannot work fails here, not on the first batch

@@ -58,9 +58,7 @@ def start_levels(
             )
         t_latent = inverted[-(start_step + 1)]
     if t_latent not in latent_levels:
-        raise MethodError(
-            f"t_latent={t_latent} is no level of {inversion_steps} inversion steps: {latent_levels}"
-        )
+        raise MethodError(f"t_latent={t_latent} is no level of {inversion_steps} inversion steps: {latent_levels}")
     return t_latent, t_denoise
 
 
@@ -150,8 +148,12 @@ class DIVAD:
         self._embeddings = {}
 
     def embed(self, categories):
-        """Text embeddings [B,L,D] of the prompt of each category; each distinct prompt is encoded once."""
-        prompts = [self.config["prompt"].format(category=category).strip() for category in categories]
+        """Text embeddings [B,L,D] of the prompt of each category; each distinct prompt is encoded once.
+
+        A folder name such as "metal_nut" is read as words: "metal nut".
+        """
+        words = (category.replace("_", " ") for category in categories)
+        prompts = [self.config["prompt"].format(category=name).strip() for name in words]
         return torch.stack([self._embed(prompt) for prompt in prompts])
 
     def _embed(self, prompt):
