@@ -370,19 +370,16 @@ def train_foundation(
 # --- the feature extractor ----------------------------------------------------------------------------------------
 
 
-class AttributeNet(torch.nn.Module):
-    """A ResNet that must name the category and every attribute word; only the ResNet is kept."""
-
-    def __init__(self, outputs: int):
-        super().__init__()
-        self.resnet = ResNetModel(
-            ResNetConfig(embedding_size=32, hidden_sizes=[32, 64], depths=[2, 2], layer_type="basic",
-                         downsample_in_first_stage=False)
-        )  # fmt: skip
-        self.head = torch.nn.Linear(64, outputs)
-
-    def forward(self, pixels):
-        return self.head(self.resnet(pixels).pooler_output.flatten(1))
+def build_features() -> ResNetModel:
+    return ResNetModel(
+        ResNetConfig(
+            embedding_size=32,
+            hidden_sizes=[32, 64],
+            depths=[2, 2],
+            layer_type="basic",
+            downsample_in_first_stage=False,
+        )
+    )
 
 
 def degrade(x: torch.Tensor, generator: torch.Generator, size: int = 128) -> torch.Tensor:
@@ -396,24 +393,30 @@ def degrade(x: torch.Tensor, generator: torch.Generator, size: int = 128) -> tor
     return x * (0.8 + 0.4 * gain) + 0.1 * noise * torch.randn(x.shape, generator=generator)
 
 
+def place_loss(one: torch.Tensor, two: torch.Tensor, generator: torch.Generator, places: int = 64) -> torch.Tensor:
+    """Tell places apart: InfoNCE between features [B, C, h, w] of two degraded copies of the same images.
+
+    A place of one copy must be most similar, by cosine, to the same place of the other copy, among ``places`` random
+    places of every image of the batch. That is the very comparison an anomaly map makes.
+    """
+    chosen = _pick(generator, one[0, 0].numel(), places)
+    one, two = (F.normalize(f.flatten(2)[:, :, chosen].movedim(1, 2).flatten(0, 1), dim=1) for f in (one, two))
+    return F.cross_entropy(one @ two.T / 0.1, torch.arange(len(one), device=one.device))
+
+
 def train_features(out: Path, work: Path, steps: int, seed: int, device, categories, per_category: int) -> None:
-    """A small ResNet trained to predict the clauses of the caption (multi-label), on normal images."""
-    images, captions, _ = draw_pool(work, categories, per_category, seed, photos=max(1, per_category // 8))
-    clauses = sorted({clause.strip() for c in captions for clause in c.split(",")})
-    index = {clause: k for k, clause in enumerate(clauses)}
-    targets = torch.zeros(len(images), len(clauses))
-    for k, text in enumerate(captions):
-        targets[k, [index[clause.strip()] for clause in text.split(",")]] = 1.0
+    """A small ResNet trained without labels, on normal images: see ``place_loss``."""
+    images, _, _ = draw_pool(work, categories, per_category, seed, photos=max(1, per_category // 8))
 
     def loss(m, generator):
-        chosen = _pick(generator, len(images), 32)
-        x = to_tensor(images[chosen.numpy()])
-        logits = m(degrade(x, generator).to(device)).float()
-        return F.binary_cross_entropy_with_logits(logits, targets[chosen].to(device)) * 10
+        x = to_tensor(images[_pick(generator, len(images), BATCH).numpy()])
+        both = torch.cat([degrade(x, generator), degrade(x, generator)]).to(device)
+        stages = m(both, output_hidden_states=True).hidden_states[1:]  # [0] is the stem
+        return sum(place_loss(*stage.float().chunk(2), generator) for stage in stages)
 
     torch.manual_seed(seed)
-    model = fit("features", AttributeNet(len(clauses)).to(device), loss, work, steps, 2e-3, seed)
-    model.resnet.half().save_pretrained(out)
+    model = fit("features", build_features().to(device), loss, work, steps, 2e-3, seed)
+    model.half().save_pretrained(out)
     _write_json(
         out / "preprocessor_config.json",
         {"image_processor_type": "ViTImageProcessor", "do_resize": True, "do_rescale": True, "do_normalize": True,
@@ -422,11 +425,10 @@ def train_features(out: Path, work: Path, steps: int, seed: int, device, categor
     )  # fmt: skip
     write_card(
         out, work, "transformers",
-        "A compact ResNet whose features the anomaly maps compare. It learned to name the category and the attribute "
-        "words of normal images; the head is not kept.",
+        "A compact ResNet whose features the anomaly maps compare, trained without labels on normal images: a place of "
+        "a blurred, noised and relit copy must be recognised among many places of another such copy.",
         "It saw only synthad's drawings and eleven photographs.",
-        {"training images": f"{len(images)}, of {', '.join(categories)} and scikit-image's photographs",
-         "targets": f"{len(clauses)} clauses of the captions, multi-label"},
+        {"training images": f"{len(images)}, of {', '.join(categories)} and scikit-image's photographs"},
     )  # fmt: skip
 
 
@@ -488,7 +490,7 @@ def reconstruction_psnr(vae, categories, device, per_category: int = 8) -> float
 
 ALL = tuple(synthad.CATEGORIES)
 RECIPES = {
-    "lite-foundation": (train_foundation, {"categories": ALL, "per_category": 1200, "steps": 4600, "vae_steps": 3400}),
+    "lite-foundation": (train_foundation, {"categories": ALL, "per_category": 1200, "steps": 4000, "vae_steps": 3400}),
     "lite-features": (train_features, {"categories": ALL, "per_category": 400, "steps": 1200}),
 }
 
