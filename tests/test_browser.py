@@ -233,7 +233,7 @@ def artifacts(tmp_path_factory):
     (out / "notebooks").mkdir()
     (out / "notebooks" / "02_divad.html").write_text("the notebook")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "provenance", lambda profile, durations: FACTS)  # the real one hashes all data
+        patch.setattr(report, "provenance", lambda profile, seed, durations: FACTS)  # the real one hashes all data
         return report.write_index("lite", out, {"benchmark": 31.5, "02_divad": 30.0}, [NOTE])
 
 

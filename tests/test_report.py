@@ -14,7 +14,7 @@ from zsad_lib.profiles import PROFILES, profile_options
 
 
 def _notebook(path: Path, *cells: str) -> None:
-    parameters = nbformat.v4.new_code_cell('profile = "lite"\nout = ""')
+    parameters = nbformat.v4.new_code_cell('profile = "lite"\nseed = 0\nout = ""')
     parameters.metadata["tags"] = ["parameters"]
     notebook = nbformat.v4.new_notebook(cells=[parameters, *map(nbformat.v4.new_code_cell, cells)])
     notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}

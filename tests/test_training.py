@@ -110,3 +110,25 @@ def test_the_features_recipe_writes_a_resnet_that_loads(in_tmp):
     features = load_features(out, device="cpu")
     maps = features(torch.rand(2, 3, 64, 64))
     assert len(maps) >= 2 and all(m.shape[0] == 2 and torch.isfinite(m).all() for m in maps)
+
+
+def test_place_loss_is_low_only_where_places_agree():
+    features = torch.randn(2, 32, 8, 8)
+    same = training.place_loss(features, features, torch.Generator().manual_seed(0))
+    shuffled = training.place_loss(features, features.roll(3, dims=3), torch.Generator().manual_seed(0))
+    assert same < 0.5 < 3 < shuffled
+
+
+def test_degraded_copies_differ_but_show_the_same():
+    x = training.to_tensor(np.stack([synthad.draw("gauge", "0").image]))
+    one, two = (training.degrade(x, torch.Generator().manual_seed(k)) for k in (1, 2))
+    assert one.shape == (1, 3, 128, 128) and not torch.equal(one, two)
+    plain = torch.nn.functional.interpolate(x, 128, mode="bilinear")
+    assert all((view - plain).abs().mean() < 0.25 for view in (one, two))
+
+
+def test_a_model_card_says_what_was_trained_and_measured(in_tmp):
+    options = {"categories": ("gauge",), "per_category": 2, "vae_steps": 1}
+    card = (training.train("lite-foundation", "small", steps=1, device="cpu", **options) / "README.md").read_text()
+    for fact in ("dB PSNR", "stage unet", "1 steps, seed 0", "license: apache-2.0", "Limits", "of gauge"):
+        assert fact in card, fact

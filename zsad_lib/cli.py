@@ -271,11 +271,12 @@ def report(
     profile: Profile = "lite",
     out: Annotated[Path, typer.Option(help="Where the figures and tables go.")] = Path("artifacts"),
     only: Annotated[str | None, typer.Option(help="Only the notebook with this number, such as 02.")] = None,
+    seed: int = 0,
 ) -> None:
     """Regenerate every figure and table, with its provenance."""
     from zsad_lib import report
 
-    report.build(profile=profile, out=out, only=only)
+    report.build(profile=profile, out=out, only=only, seed=seed)
 
 
 def _load_runs(folders: list[Path] | None, out: Path, dataset: str | None) -> list:

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from zsad_lib import manifest, scoring
 from zsad_lib.datasets import DatasetError, load_dataset
-from zsad_lib.methods import make_method
+from zsad_lib.methods import make_method, method_options
 from zsad_lib.plots import Gallery
 from zsad_lib.profiles import PROFILES, profile_options
 
@@ -106,7 +106,7 @@ def _stage(name: str, durations: dict[str, float]):
     print(f"[report] {name}: {durations[name]} s", flush=True)
 
 
-def benchmark(profile: str, out: Path, runs: Path, notes: list[str], device: str = "auto") -> None:
+def benchmark(profile: str, out: Path, runs: Path, notes: list[str], seed: int) -> None:
     """Score every method and control on every dataset at hand; one table a dataset."""
     gallery = Gallery("benchmark", out)
     for name in DATASETS:
@@ -118,7 +118,9 @@ def benchmark(profile: str, out: Path, runs: Path, notes: list[str], device: str
         results = {}
         for method_name, random_weights in METHODS:
             options = profile_options(profile, method_name)
-            method = make_method(method_name, device=device, random_weights=random_weights, **options)
+            if "seed" in method_options(method_name):
+                options["seed"] = seed
+            method = make_method(method_name, random_weights=random_weights, **options)
             label = method_name + CONTROL[random_weights]
             results[label] = scoring.score(dataset, method, runs, PROFILES[profile]["batch_size"])
         measured = scoring.measure(results)
@@ -127,14 +129,13 @@ def benchmark(profile: str, out: Path, runs: Path, notes: list[str], device: str
         gallery.table(f"{name}_per_category", own, f"DIVAD on {name}, category by category.")
 
 
-def run_notebook(path: Path, out: Path, profile: str) -> Path:
+def run_notebook(path: Path, out: Path, profile: str, seed: int) -> Path:
     """Execute one notebook with papermill and write it as HTML too; returns the HTML file."""
     target = out / "notebooks" / path.name
     target.parent.mkdir(parents=True, exist_ok=True)
+    parameters = {"profile": profile, "seed": seed, "out": str(out)}
     try:
-        papermill.execute_notebook(
-            path, target, parameters={"profile": profile, "out": str(out)}, progress_bar=False, cwd="."
-        )
+        papermill.execute_notebook(path, target, parameters=parameters, progress_bar=False, cwd=".")
     except papermill.PapermillExecutionError as error:
         raise ReportError(
             f"{path} failed in cell {error.exec_count}: {error.ename}: {error.evalue}; see {target}"
@@ -145,7 +146,7 @@ def run_notebook(path: Path, out: Path, profile: str) -> Path:
     return page
 
 
-def provenance(profile: str, durations: dict[str, float]) -> dict:
+def provenance(profile: str, seed: int, durations: dict[str, float]) -> dict:
     """What it takes to rerun this: code revision, versions, hashes of checkpoints and data, machine, durations."""
 
     def git(*words: str) -> str:
@@ -168,7 +169,7 @@ def provenance(profile: str, durations: dict[str, float]) -> dict:
         "profile": profile,
         "revision": git("rev-parse", "HEAD") or "not a git checkout",
         "uncommitted_changes": bool(git("status", "--porcelain")),
-        "seed": 0,
+        "seed": seed,
         "checkpoints_sha256": checkpoints,
         "datasets_sha256": data,
         "python": platform.python_version(),
@@ -204,8 +205,8 @@ def _section(name: str, out: Path, seconds: float) -> dict:
     return {"name": name, "exhibits": exhibits, "seconds": seconds, "html": page if (out / page).exists() else None}
 
 
-def write_index(profile: str, out: Path, durations: dict[str, float], notes: list[str]) -> Path:
-    facts = provenance(profile, durations)
+def write_index(profile: str, out: Path, durations: dict[str, float], notes: list[str], seed: int = 0) -> Path:
+    facts = provenance(profile, seed, durations)
     (out / "provenance.json").write_text(json.dumps(facts, indent=2) + "\n")
     sections = [_section(name, out, seconds) for name, seconds in durations.items()]
     template = jinja2.Environment(autoescape=True).from_string(PAGE)
@@ -214,7 +215,13 @@ def write_index(profile: str, out: Path, durations: dict[str, float], notes: lis
     return out / "index.html"
 
 
-def build(profile: str = "lite", out: str | Path = "artifacts", only: str | None = None, runs="runs") -> Path:
+def build(
+    profile: str = "lite",
+    out: str | Path = "artifacts",
+    only: str | None = None,
+    runs: str | Path = "runs",
+    seed: int = 0,
+) -> Path:
     """Regenerate every figure and table of a profile into ``out``; returns ``out/index.html``.
 
     only: the number of one notebook ("02"); the benchmark is then left out. Scores are kept in ``runs`` and used
@@ -227,10 +234,10 @@ def build(profile: str = "lite", out: str | Path = "artifacts", only: str | None
         raise ReportError(f"no notebook {only or ''} in {NOTEBOOKS.resolve()}; run this in the project's folder")
     if only is None:
         with _stage("benchmark", durations):
-            benchmark(profile, out, Path(runs), notes)
+            benchmark(profile, out, Path(runs), notes, seed)
     for path in tqdm(paths, desc="notebooks", unit="notebook"):
         with _stage(path.stem, durations):
-            run_notebook(path, out, profile)
-    index = write_index(profile, out, durations, notes)
+            run_notebook(path, out, profile, seed)
+    index = write_index(profile, out, durations, notes, seed)
     print(f"[report] {sum(durations.values()):.0f} s in all; open {index}", flush=True)
     return index
