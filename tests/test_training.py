@@ -106,10 +106,19 @@ def test_the_foundation_recipe_writes_a_pipeline_that_loads(in_tmp):
 
 
 def test_the_features_recipe_writes_a_resnet_that_loads(in_tmp):
-    out = training.train("lite-features", "small", steps=2, device="cpu", categories=("gauge",), per_category=2)
+    options = {"categories": ("gauge",), "per_category": 2}
+    training.train("lite-foundation", "pipeline", steps=1, device="cpu", vae_steps=1, **options)
+    out = training.train("lite-features", "small", steps=2, device="cpu", pipeline="pipeline", **options)
     features = load_features(out, device="cpu")
     maps = features(torch.rand(2, 3, 64, 64))
     assert len(maps) >= 2 and all(m.shape[0] == 2 and torch.isfinite(m).all() for m in maps)
+    drawn, redrawn = (np.load(f"training/lite-features-seed0/{name}.npy") for name in ("pool", "redrawn"))
+    assert redrawn.shape == drawn.shape and redrawn.dtype == np.uint8 and not np.array_equal(drawn, redrawn)
+
+
+def test_the_features_recipe_needs_an_autoencoder(in_tmp):
+    with pytest.raises(training.TrainingError, match="lite-foundation first"):
+        training.train("lite-features", steps=1, per_category=1, pipeline="nowhere")
 
 
 def test_place_loss_is_low_only_where_places_agree():

@@ -30,7 +30,8 @@ from transformers import (
     ResNetModel,
 )
 
-from zsad_lib import synthad
+from zsad_lib import ddim, synthad
+from zsad_lib.backbones import load_backbone
 
 PHOTOGRAPHS = (
     "brick",
@@ -387,14 +388,14 @@ def degrade(x: torch.Tensor, generator: torch.Generator, size: int = 128) -> tor
 
     A reconstruction is always a little blurred: features that read blur as content would see anomalies everywhere.
     """
-    side = int(x.shape[-1] * (0.35 + 0.65 * torch.rand((), generator=generator)))
+    side = int(x.shape[-1] * (0.5 + 0.5 * torch.rand((), generator=generator)))
     x = F.interpolate(F.interpolate(x, side, mode="bilinear", antialias=True), size, mode="bilinear")
     gain, noise = (torch.rand(len(x), 1, 1, 1, generator=generator) for _ in range(2))
     return x * (0.8 + 0.4 * gain) + 0.1 * noise * torch.randn(x.shape, generator=generator)
 
 
 def place_loss(one: torch.Tensor, two: torch.Tensor, generator: torch.Generator, places: int = 64) -> torch.Tensor:
-    """Tell places apart: InfoNCE between features [B, C, h, w] of two degraded copies of the same images.
+    """Tell places apart: InfoNCE between features [B, C, h, w] of images and of degraded copies of them.
 
     A place of one copy must be most similar, by cosine, to the same place of the other copy, among ``places`` random
     places of every image of the batch. That is the very comparison an anomaly map makes.
@@ -404,13 +405,57 @@ def place_loss(one: torch.Tensor, two: torch.Tensor, generator: torch.Generator,
     return F.cross_entropy(one @ two.T / 0.1, torch.arange(len(one), device=one.device))
 
 
-def train_features(out: Path, work: Path, steps: int, seed: int, device, categories, per_category: int) -> None:
-    """A small ResNet trained without labels, on normal images: see ``place_loss``."""
-    images, _, _ = draw_pool(work, categories, per_category, seed, photos=max(1, per_category // 8))
+REDRAW_STARTS = ((1, 301), (101, 401), (101, 601), (201, 501))  # (t_latent, t_denoise), in steps of 100
+
+
+@torch.inference_mode()
+def redraw_pool(backbone, images: np.ndarray, captions: list[str], folder: Path) -> np.ndarray:
+    """Every image as DIVAD redraws it with ``backbone``, uint8 like ``images``; kept in ``folder``.
+
+    All of them are normal, so whatever changes is the pipeline's own doing. The starts take turns, batch by batch.
+    """
+    target = folder / "redrawn.npy"
+    if not target.exists():
+        redrawn, alphas_cumprod = [], backbone.alphas_cumprod
+        batches = np.array_split(np.random.default_rng(0).permutation(len(images)), max(1, len(images) // 64))
+        for k, chosen in enumerate(tqdm(batches, desc="redrawing", unit="batch")):
+            words = backbone.embed([captions[i].split(",")[0] for i in chosen])
+            t_latent, t_denoise = REDRAW_STARTS[k % len(REDRAW_STARTS)]
+
+            def predict(z, t, words=words):
+                return backbone.predict_noise(z, t, words)
+
+            z = backbone.encode((to_tensor(images[chosen]) + 1) / 2)
+            if t_latent > 1:
+                z = ddim.invert(predict, z, alphas_cumprod, 10, stop=t_latent)[-1][1]
+            z = ddim.denoise(predict, z, alphas_cumprod, 10, start_step=9 - t_denoise // 100)
+            redrawn.append((backbone.decode(z) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy())
+        in_order = np.empty_like(images)
+        in_order[np.concatenate(batches)] = np.concatenate(redrawn)
+        np.save(target.with_suffix(".tmp.npy"), in_order)
+        os.replace(target.with_suffix(".tmp.npy"), target)
+    return np.load(target)
+
+
+def train_features(
+    out: Path, work: Path, steps: int, seed: int, device, categories, per_category: int, pipeline: str
+) -> None:
+    """A small ResNet trained without labels, on normal images and their redrawings: see ``place_loss``.
+
+    pipeline: the folder of the pipeline whose redrawings the features will be used on.
+    """
+    if not Path(pipeline).is_dir():
+        raise TrainingError(
+            f"the features learn from redrawings, but there is no pipeline in {pipeline}: "
+            "train lite-foundation first, or give another folder"
+        )
+    images, captions, _ = draw_pool(work, categories, per_category, seed, photos=max(1, per_category // 8))
+    redrawn = redraw_pool(load_backbone(pipeline, device), images, captions, work)
 
     def loss(m, generator):
-        x = to_tensor(images[_pick(generator, len(images), BATCH).numpy()])
-        both = torch.cat([degrade(x, generator), degrade(x, generator)]).to(device)
+        chosen = _pick(generator, len(images), BATCH).numpy()
+        sharp = F.interpolate(to_tensor(images[chosen]), 128, mode="bilinear")
+        both = torch.cat([sharp, degrade(to_tensor(redrawn[chosen]), generator)]).to(device)
         stages = m(both, output_hidden_states=True).hidden_states[1:]  # [0] is the stem
         return sum(place_loss(*stage.float().chunk(2), generator) for stage in stages)
 
@@ -425,8 +470,8 @@ def train_features(out: Path, work: Path, steps: int, seed: int, device, categor
     )  # fmt: skip
     write_card(
         out, work, "transformers",
-        "A compact ResNet whose features the anomaly maps compare, trained without labels on normal images: a place of "
-        "a blurred, noised and relit copy must be recognised among many places of another such copy.",
+        "A compact ResNet whose features the anomaly maps compare, trained without labels on normal images: a place "
+        "must be recognised in a redrawn, blurred, noised and relit copy, among many places of many images.",
         "It saw only synthad's drawings and eleven photographs.",
         {"training images": f"{len(images)}, of {', '.join(categories)} and scikit-image's photographs"},
     )  # fmt: skip
@@ -491,7 +536,10 @@ def reconstruction_psnr(vae, categories, device, per_category: int = 8) -> float
 ALL = tuple(synthad.CATEGORIES)
 RECIPES = {
     "lite-foundation": (train_foundation, {"categories": ALL, "per_category": 1200, "steps": 4000, "vae_steps": 3400}),
-    "lite-features": (train_features, {"categories": ALL, "per_category": 400, "steps": 1200}),
+    "lite-features": (
+        train_features,
+        {"categories": ALL, "per_category": 400, "steps": 1200, "pipeline": "checkpoints/lite-foundation"},
+    ),
 }
 
 
