@@ -30,6 +30,7 @@ nbval: $(STAMP)
 ifeq ($(NOTEBOOKS),)
 	@echo "[zsad] no notebook to check"
 else
+	@$(STAGE) "synthad" $(BIN)/zsad data make synthad
 	@$(STAGE) "notebooks" $(BIN)/python -m pytest --nbval --nbval-current-env \
 		--nbval-sanitize-with tests/nbval_sanitize.cfg $(NOTEBOOKS)
 endif

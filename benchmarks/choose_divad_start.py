@@ -18,12 +18,12 @@ from zsad_lib.backbones import load_backbone, load_features
 from zsad_lib.methods import make_method
 from zsad_lib.profiles import PROFILES, profile_options
 
-LATENT, DENOISE, GUIDANCE = (1, 101, 201, 301, 401, 501), (301, 501, 701), (1.0, 2.0)
+LATENT, DENOISE, GUIDANCE = (1, 51, 101, 201), (101, 201, 251, 301, 401, 601), (1.0, 2.0)
 KINDS = ("good", "good", "good", *synthad.DEFECTS)
 
 
 def main(backbone=PROFILES["lite"]["backbone"], features=PROFILES["lite"]["features"]):
-    options = profile_options("lite", "divad")
+    options = {**profile_options("lite", "divad"), "inversion_steps": 20, "inference_steps": 20}
     models = {"backbone": load_backbone(backbone), "features": load_features(features)}
     drawn = [(c, k, synthad.draw(c, f"val/{k}", kind)) for c in synthad.CATEGORIES for k, kind in enumerate(KINDS)]
     images = torch.stack([torch.from_numpy(d.image) for _, _, d in drawn]).permute(0, 3, 1, 2).float() / 255
@@ -34,7 +34,7 @@ def main(backbone=PROFILES["lite"]["backbone"], features=PROFILES["lite"]["featu
     with torch.inference_mode():
         theirs = models["features"](images)
     rows = []
-    settings = [s for s in product(LATENT, DENOISE, GUIDANCE) if s[0] <= s[1] and (s[2] == 1 or s[0] == 201)]
+    settings = [s for s in product(LATENT, DENOISE, GUIDANCE) if s[0] <= s[1] and (s[2] == 1 or s[0] == 51)]
     for t_latent, t_denoise, guidance_scale in tqdm(settings):
         method = make_method("divad", **{**options, **models, "t_latent": t_latent, "t_denoise": t_denoise,
                                          "guidance_scale": guidance_scale})  # fmt: skip

@@ -10,11 +10,11 @@ PROFILES = {
         "features": "lite-features",
         "batch_size": 16,
         "divad": {
-            # the authors' 50 / 100 / 40 with fewer steps: the latent at t=101, denoising from t=601
-            "inversion_steps": 10,
-            "inference_steps": 20,
+            # the latent at t=51, denoising from t=281: benchmarks/choose_divad_start.py, on validation drawings
+            "inversion_steps": 20,
+            "inference_steps": 25,
             "start": "official",
-            "start_step": 7,
+            "start_step": 17,
             "guidance_scale": 1.0,
             "sigma": 1.5,
             "pool": 2,

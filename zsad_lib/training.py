@@ -359,7 +359,7 @@ def train_foundation(
     write_card(
         out, work, "diffusers",
         "A compact text-conditioned latent diffusion pipeline for 64 x 64 images, trained on normal images only.",
-        "It knows the drawn categories below and eleven photographs, nothing else; real products it has never seen "
+        "It knows the drawn categories above and eleven photographs, nothing else; real products it has never seen "
         "are rebuilt blurred, whether damaged or not.",
         {"training images": f"{len(images)}: {per_category} drawings of each of {', '.join(categories)}; crops of "
                             f"scikit-image's photographs ({', '.join(PHOTOGRAPHS)})",
