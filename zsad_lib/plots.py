@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 import torch
+from IPython import get_ipython
 from IPython.display import Markdown, display
 from matplotlib.figure import Figure
 from PIL import Image
@@ -51,7 +52,7 @@ class Gallery:
             target = self.out / "figures" / self._record("figure", name, caption)
             figure.savefig(f"{target}.png", bbox_inches="tight")
             figure.savefig(f"{target}.svg", bbox_inches="tight", metadata={"Date": None})
-        display(figure, Markdown(f"*{caption}*"))
+        _show(figure, caption)
         plt.close(figure)
 
     def table(self, name: str, frame: pd.DataFrame, caption: str) -> None:
@@ -61,7 +62,12 @@ class Gallery:
             Path(f"{target}.md").write_text(frame.to_markdown() + "\n")
             latex = frame.to_latex(escape=True, caption=caption, label=f"tab:{target.name}")
             Path(f"{target}.tex").write_text(latex)
-        display(frame, Markdown(f"*{caption}*"))
+        _show(frame, caption)
+
+
+def _show(exhibit, caption: str) -> None:
+    if get_ipython() is not None:  # on the command line the report's files are enough
+        display(exhibit, Markdown(f"*{caption}*"))
 
 
 def to_picture(image: torch.Tensor) -> np.ndarray:
