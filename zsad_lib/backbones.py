@@ -409,7 +409,7 @@ def _quiet(bars):
 
 def _reinitialised(model, build, **options):
     """A model of the same configuration with the library's random weights, the same every time."""
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), _quiet(bars=False):
         torch.default_generator.manual_seed(RANDOM_SEED)
         return build(model.config, **options).to(model.dtype)
 

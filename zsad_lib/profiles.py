@@ -10,7 +10,8 @@ PROFILES = {
         "features": "lite-features",
         "batch_size": 16,
         "divad": {
-            # the latent at t=51, denoising from t=281: benchmarks/choose_divad_start.py, on validation drawings
+            # the authors' rule then gives a latent at t=51 and a start at t=281, near the best pair that
+            # benchmarks/choose_divad_start.py finds on validation drawings
             "inversion_steps": 20,
             "inference_steps": 25,
             "start": "official",

@@ -355,7 +355,9 @@ def train_foundation(
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
     psnr = reconstruction_psnr(vae, categories, device)
-    pipeline.to(dtype=torch.float16).save_pretrained(out)
+    for part in (vae, model.text_encoder, model.unet):
+        part.half()
+    pipeline.save_pretrained(out)
     write_card(
         out, work, "diffusers",
         "A compact text-conditioned latent diffusion pipeline for 64 x 64 images, trained on normal images only.",
