@@ -230,9 +230,9 @@ def test_train_and_report_pass_their_options_on(monkeypatch):
         monkeypatch.setitem(sys.modules, f"zsad_lib.{name}", module)
         monkeypatch.setattr(f"zsad_lib.{name}", module, raising=False)
     invoke("train", "lite-foundation", "--steps", 5, "--seed", 2, "--no-resume")
-    invoke("report", "--only", "02", "--out", "there")
+    invoke("report", "--only", "02", "--out", "there", "--seed", 3)
     assert calls[0] == (("lite-foundation",), {"steps": 5, "seed": 2, "device": "auto", "resume": False})
-    assert calls[1] == ((), {"profile": "lite", "out": Path("there"), "only": "02"})
+    assert calls[1] == ((), {"profile": "lite", "out": Path("there"), "only": "02", "seed": 3})
 
 
 @pytest.mark.parametrize(

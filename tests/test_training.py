@@ -97,11 +97,11 @@ def test_the_foundation_recipe_writes_a_pipeline_that_loads(in_tmp):
     options = {"categories": ("gauge",), "per_category": 2, "vae_steps": 1}
     out = training.train("lite-foundation", "small", steps=2, device="cpu", **options)
     backbone = load_backbone(out, device="cpu")
-    assert backbone.latent_shape == (4, 16, 16) and backbone.image_size == 64
+    assert backbone.latent_shape == (training.LATENT_CHANNELS, 16, 16) and backbone.image_size == 64
     image = torch.rand(1, 3, 64, 64)
     assert backbone.decode(backbone.encode(image)).shape == image.shape
     text = backbone.embed(["An image of a gauge"])
-    assert torch.isfinite(backbone.predict_noise(torch.randn(1, 4, 16, 16), 500, text)).all()
+    assert torch.isfinite(backbone.predict_noise(torch.randn(1, *backbone.latent_shape), 500, text)).all()
     assert sum(f.stat().st_size for f in out.rglob("*.safetensors")) < 20e6
 
 
@@ -122,7 +122,7 @@ def test_the_features_recipe_needs_an_autoencoder(in_tmp):
 
 
 def test_place_loss_is_low_only_where_places_agree():
-    features = torch.randn(2, 32, 8, 8)
+    features = torch.randn(2, 32, 32, 32)
     same = training.place_loss(features, features, torch.Generator().manual_seed(0))
     shuffled = training.place_loss(features, features.roll(3, dims=3), torch.Generator().manual_seed(0))
     assert same < 0.5 < 3 < shuffled
