@@ -134,8 +134,10 @@ def test_default_costs_67_calls_and_equals_the_whole_loop(guidance_scale):
     assert (backbone.decode(final) - scores.details["reconstruction"]).abs().max() < 1e-5
 
 
-def check_batch_invariance(backbone):
-    """A score must not know which images it came with; here of three categories, the posterior sampled."""
+@pytest.mark.parametrize("which", ["tiny", "golden"])
+def test_a_score_does_not_know_which_images_it_came_with(which, request):
+    """Three images of two categories, the posterior sampled: together, backwards and alone."""
+    backbone = request.getfixturevalue("golden") if which == "golden" else tiny_backbone()
     size = backbone.image_size
     options = CHEAP | {"posterior": "sample", "sigma": 1, "pool": 2}
     method = DIVAD(backbone, load_features("pixels", "cpu"), **options)
@@ -153,14 +155,6 @@ def check_batch_invariance(backbone):
     assert (renamed.details["latent"][0] - whole.details["latent"][0]).abs().max() > 1e-3
     prompted = method.score(images[:1], ids[:1], ["tile"])
     assert (prompted.details["latent"][0] - whole.details["latent"][0]).abs().max() > 1e-4
-
-
-def test_golden_batch_invariance(golden):
-    check_batch_invariance(golden)
-
-
-def test_batch_invariance():
-    check_batch_invariance(tiny_backbone())
 
 
 def test_posterior_and_seed():

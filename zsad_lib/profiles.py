@@ -10,8 +10,8 @@ PROFILES = {
         "features": "lite-features",
         "batch_size": 16,
         "divad": {
-            # the authors' rule then gives a latent at t=51 and a start at t=281, near the best pair that
-            # benchmarks/choose_divad_start.py finds on validation drawings
+            # the authors' rule then gives a latent at t=51 and a start at t=281; (51, 251) did well on validation
+            # drawings, which benchmarks/choose_divad_start.py measures
             "inversion_steps": 20,
             "inference_steps": 25,
             "start": "official",
