@@ -431,3 +431,30 @@ def test_pixel_features():
     assert anomaly_map(extract(black), extract(black), 16).abs().max() < 1e-6
     assert anomaly_map(extract(black), extract(grey), 16).min() > 0.1
     assert load_features("pixels", device="cpu", size=8)(grey)[0].shape == (1, 4, 8, 8)
+
+
+def test_joined_features_give_the_layers_of_all_parts(resnet):
+    images = torch.rand(2, 3, 64, 64)
+    both = load_features(f"{resnet}+pixels", device="cpu")
+    parts = [load_features(resnet, device="cpu"), load_features("pixels", device="cpu")]
+    layers = [layer for part in parts for layer in part(images)]
+    assert len(both(images)) == len(layers)
+    assert all(torch.equal(one, two) for one, two in zip(both(images), layers, strict=True))
+    assert both.config["parts"] == [part.config for part in parts]
+    control = load_features(f"{resnet}+pixels", device="cpu", random_weights="all")
+    assert not torch.equal(control(images)[0], layers[0]) and torch.equal(control(images)[-1], layers[-1])
+    with pytest.raises(BackboneError, match="nowhere"):
+        load_features("pixels+nowhere")
+
+
+def test_unet_features(saved):
+    """What the decoder of a pipeline's U-Net computes: repeatable, of each image alone, different when untrained."""
+    extract = load_features(f"unet:{saved}", device="cpu")
+    images = torch.rand(3, 3, extract.size, extract.size)
+    layers = extract(images)
+    sides = [layer.shape[-1] for layer in layers]
+    assert sides == sorted(sides) and all(layer.shape[0] == 3 and torch.isfinite(layer).all() for layer in layers)
+    for layer, alone in zip(layers, extract(images[1:2]), strict=True):
+        torch.testing.assert_close(layer[1:2], alone, rtol=1e-4, atol=1e-5)
+    other = load_features(f"unet:{saved}", device="cpu", random_weights="all")
+    assert other.config != extract.config and not torch.allclose(other(images)[0], layers[0])

@@ -53,7 +53,7 @@ def tree(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "zsad_lib.profiles", profiles)
     monkeypatch.setattr("zsad_lib.profiles", profiles, raising=False)
     monkeypatch.setattr(methods, "load_backbone", load_backbone)
-    monkeypatch.setattr(methods, "load_features", lambda name, device: name)
+    monkeypatch.setattr(methods, "load_features", lambda name, device, random_weights=None: name)
     baselines = {name: methods.METHODS[name] for name in cli.BASELINES}
     monkeypatch.setattr(methods, "METHODS", {"model": Model} | baselines)
     monkeypatch.chdir(tmp_path)
@@ -74,7 +74,7 @@ def runs(out="runs"):
     return [json.loads(path.read_text()) for path in sorted(Path(out).glob("*/run.json"))]
 
 
-COMMANDS = ["", "data", "data make", "data list", "data check", "train", "score", "evaluate", "report"]
+COMMANDS = ["", "data", "data make", "data list", "data check", "train", "measure", "score", "evaluate", "report"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -225,7 +225,7 @@ def test_data_list_and_make(tmp_path, monkeypatch):
 
 def test_train_and_report_pass_their_options_on(monkeypatch):
     calls = []
-    for name, function in (("training", "train"), ("report", "build")):
+    for name, function in (("recipes", "train"), ("report", "build")):
         module = types.SimpleNamespace(**{function: lambda *args, **options: calls.append((args, options))})
         monkeypatch.setitem(sys.modules, f"zsad_lib.{name}", module)
         monkeypatch.setattr(f"zsad_lib.{name}", module, raising=False)

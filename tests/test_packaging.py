@@ -17,8 +17,9 @@ FLOORS = [
     ["canvas", "scenes", "synthad", "metrics", "manifest"],
     ["datasets", "backbones", "maps", "ddim"],
     ["methods"],
-    ["profiles", "training", "scoring"],
-    ["plots", "widgets", "report", "cli"],
+    ["profiles", "training", "scoring", "captions"],
+    ["recipes", "plots", "widgets"],
+    ["lite_models", "report", "cli"],
 ]
 PACKAGE = ROOT / "zsad_lib"
 MEGABYTE = 10**6

@@ -185,12 +185,12 @@ def load_backbone(name_or_path, device="auto", dtype="auto", random_weights=None
 
     device = pick_device(device)
     dtype = _pick_dtype(dtype, device)
-    where = _locate(name_or_path, PIPELINE_FILES, "StableDiffusionPipeline")
-    scheduler = DDIMScheduler.from_config(_fetch(where, "scheduler", DDIMScheduler.load_config))
-    tokenizer = _fetch(where, "tokenizer", CLIPTokenizer.from_pretrained)
-    vae = _weights(where, "vae", AutoencoderKL, torch_dtype=torch.float32)
-    unet = _weights(where, "unet", UNet2DConditionModel, torch_dtype=dtype)
-    text_encoder = _weights(where, "text_encoder", CLIPTextModel, dtype=dtype)
+    where = locate(name_or_path, PIPELINE_FILES, "StableDiffusionPipeline")
+    scheduler = DDIMScheduler.from_config(fetch(where, "scheduler", DDIMScheduler.load_config))
+    tokenizer = fetch(where, "tokenizer", CLIPTokenizer.from_pretrained)
+    vae = read_weights(where, "vae", AutoencoderKL, torch_dtype=torch.float32)
+    unet = read_weights(where, "unet", UNet2DConditionModel, torch_dtype=dtype)
+    text_encoder = read_weights(where, "text_encoder", CLIPTextModel, dtype=dtype)
     if random_weights:
         unet = _reinitialised(unet, UNet2DConditionModel.from_config)
     if random_weights == "all":
@@ -228,34 +228,45 @@ class FeatureExtractor:
 def load_features(name_or_path, device="auto", size=None, layers=None, random_weights=None):
     """Read a transformers vision model (ViT, DINOv2 or ResNet) as a FeatureExtractor.
 
-    `name_or_path`: a local folder, a checkpoint of data_manifest.yaml, a hub id, "dino_vits8", "resnet50", or
+    `name_or_path`: a local folder, a checkpoint of data_manifest.yaml, a hub id, "dino_vits8", "resnet50",
     "pixels" (no network: R, G, B and a constant 1, because the cosine of bare colours would not see
-    brightness). A ViT gives its last layer's patch tokens as a grid, CLS dropped; a ResNet the stages named
-    in `layers` (1 to 4; default: the last three). `size`: the input in pixels (default: 256 for the two short names,
-    else what preprocessor_config.json says). `random_weights` "all" re-initialises the network: a control.
-    BackboneError as for `load_backbone`.
+    brightness), "unet:MODEL" (what the U-Net of that pipeline computes, see `_unet_features`), or several
+    joined by "+" ("lite-features+pixels"), which gives the layers of all. A ViT gives its last layer's patch
+    tokens as a grid, CLS dropped; a ResNet the stages named in `layers` (1 to 4; default: the last three).
+    `size`: the input in pixels (default: 256 for the two short names, else what preprocessor_config.json says).
+    `random_weights` "all" re-initialises the networks: a control. BackboneError as for `load_backbone`.
     """
     if random_weights not in (None, "all"):
         raise BackboneError(f"random_weights {random_weights!r} of features is unknown; use None or 'all'")
     device = pick_device(device)
+    if "+" in str(name_or_path):
+        names = str(name_or_path).split("+")
+        return _joined([load_features(name, device, size, layers, random_weights) for name in names], device)
     if str(name_or_path) == "pixels":
         config = {"name": "pixels", "size": size}
         return FeatureExtractor(_pixels, "pixels", size, device=device, config=config)
+    if str(name_or_path).startswith("unet:"):
+        backbone = load_backbone(
+            str(name_or_path).removeprefix("unet:"), device, random_weights=random_weights and "unet"
+        )
+        name, size = f"unet:{backbone.name}", size or backbone.image_size
+        config = {"name": name, "size": size, "weights": fingerprint(backbone.vae, backbone.unet)}
+        return FeatureExtractor(_unet_features(backbone), name, size, device=device, config=config)
     from transformers import AutoConfig, AutoModel
     from transformers.utils import cached_file
 
-    where = _locate(name_or_path, FEATURE_FILES, "transformers vision model")
-    kind = _fetch(where, None, AutoConfig.from_pretrained).model_type
+    where = locate(name_or_path, FEATURE_FILES, "transformers vision model")
+    kind = fetch(where, None, AutoConfig.from_pretrained).model_type
     if kind not in ("vit", "dinov2", "resnet"):
         raise BackboneError(f"{where.name} is a {kind!r} model; features come from 'vit', 'dinov2' or 'resnet' models")
     if kind != "resnet" and layers is not None:
         raise BackboneError(f"{where.name} is a {kind!r} model: its last layer is used, `layers` is for ResNets")
     options = {"add_pooling_layer": False} if kind == "vit" else {}  # DINO's files have no pooler
-    model = _weights(where, None, AutoModel, heads=True, dtype=torch.float32, **options)
+    model = read_weights(where, None, AutoModel, heads=True, dtype=torch.float32, **options)
     if random_weights:
         model = _reinitialised(model, type(model), **options)
     model = model.to(device).eval().requires_grad_(False)
-    own_size, mean, std = _preprocessing(_fetch(where, None, cached_file, "preprocessor_config.json"))
+    own_size, mean, std = preprocessing(fetch(where, None, cached_file, "preprocessor_config.json"))
     size = size or FEATURE_SIZES.get(where.name) or own_size
     if kind == "resnet":
         stages = len(model.config.depths)
@@ -308,7 +319,7 @@ def _pick_dtype(dtype, device):
 
 
 @dataclass
-class _Location:
+class Location:
     """Where a model is read from: a local folder, or a hub id at a revision."""
 
     name: str
@@ -317,13 +328,13 @@ class _Location:
     revision: str | None = None
 
 
-def _locate(name_or_path, needed, layout):
+def locate(name_or_path, needed, layout):
     """Where to read a model from; a folder is checked for the files that its layout needs."""
     name = str(name_or_path)
     path = Path(name_or_path)
     if not path.is_dir():  # a name then
         if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
-            return _Location(name, name, local=False)
+            return Location(name, name, local=False)
         if path.name != name:
             raise BackboneError(f"no folder at {path}; give a folder, a checkpoint of data_manifest.yaml or a hub id")
         try:
@@ -332,16 +343,16 @@ def _locate(name_or_path, needed, layout):
             raise BackboneError(f"{name!r} is no folder, no hub id (owner/name), and: {error}") from error
         path = manifest.local_path(entry)
         if path is None:
-            return _Location(name, entry["hub_id"], local=False, revision=entry["revision"])
+            return Location(name, entry["hub_id"], local=False, revision=entry["revision"])
         if not path.is_dir():
             raise BackboneError(f"checkpoint {name!r} is not at {path}. {entry.get('fetch', '')}".strip())
     missing = [part for part in needed if not (path / part).is_file()]
     if missing:
         raise BackboneError(f"{path} is not a {layout} folder: it lacks {', '.join(missing)}")
-    return _Location(path.resolve().name, str(path), local=True)
+    return Location(path.resolve().name, str(path), local=True)
 
 
-def _fetch(where, part, loader, *args, **kwargs):
+def fetch(where, part, loader, *args, **kwargs):
     """loader(source, ...) with its reports silenced and its failure turned into a BackboneError."""
     if part:
         kwargs["subfolder"] = part
@@ -362,12 +373,12 @@ def _fetch(where, part, loader, *args, **kwargs):
         ) from error
 
 
-def _weights(where, part, cls, heads=False, **kwargs):
+def read_weights(where, part, cls, heads=False, **kwargs):
     """A model whose weights are all read from its files: the libraries would fill gaps with random numbers.
 
     `heads`: the files may hold more than the model has (a classifier, a pooler).
     """
-    model, info = _fetch(where, part, cls.from_pretrained, output_loading_info=True, **kwargs)
+    model, info = fetch(where, part, cls.from_pretrained, output_loading_info=True, **kwargs)
     wrong = {
         "missing": set(info["missing_keys"]),
         "mismatched": {str(key) for key in info["mismatched_keys"]},
@@ -414,7 +425,7 @@ def _reinitialised(model, build, **options):
         return build(model.config, **options).to(model.dtype)
 
 
-def _preprocessing(path):
+def preprocessing(path):
     """(input size, mean, std) of a preprocessor_config.json."""
     values = json.loads(Path(path).read_text(encoding="utf-8"))
     size = values.get("size")
@@ -427,6 +438,41 @@ def _preprocessing(path):
 
 def _pixels(images):
     return [torch.cat([images, torch.ones_like(images[:, :1])], dim=1)]
+
+
+def _joined(parts, device):
+    """One extractor that gives the layers of all `parts`."""
+    name = "+".join(part.name for part in parts)
+    config = {"name": name, "parts": [part.config for part in parts]}
+
+    def forward(images):
+        return [layer for part in parts for layer in part(images)]
+
+    return FeatureExtractor(forward, name, None, device=device, config=config)
+
+
+def _unet_features(backbone, t=101):
+    """The outputs of all but the last block of the U-Net's decoder, for images noised to timestep t.
+
+    With no text and the same noise for every image (Tang et al., "Emergent Correspondence from Image
+    Diffusion", 2023: DIFT, which averages several noises).
+    """
+    noise = torch.randn(backbone.latent_shape, generator=torch.Generator().manual_seed(RANDOM_SEED))
+    alpha = backbone.alphas_cumprod[t]
+
+    def forward(images):
+        z = backbone.encode(images)
+        z = alpha.sqrt() * z + (1 - alpha).sqrt() * noise.to(z)
+        layers, blocks = [], backbone.unet.up_blocks[:-1]
+        hooks = [block.register_forward_hook(lambda _, __, out: layers.append(out.float())) for block in blocks]
+        try:
+            backbone.predict_noise(z, t, backbone.embed([""]).expand(len(z), -1, -1))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return layers
+
+    return forward
 
 
 def _resnet_stages(model, layers):

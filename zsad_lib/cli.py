@@ -35,7 +35,7 @@ KNOWN_ERRORS = {  # their messages say what to do; a module that is not loaded c
 
 Format = StrEnum("Format", ["table", "csv", "markdown", "latex"])
 Variant = StrEnum("Variant", ["exact", "official"])
-RandomWeights = StrEnum("RandomWeights", ["unet", "all"])
+RandomWeights = StrEnum("RandomWeights", ["unet", "all", "features"])
 
 Profile = Annotated[str, typer.Option(help="Names and sizes: lite (offline, CPU) or paper (SD, GPU).")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
@@ -122,16 +122,28 @@ def train(
     name: Annotated[str, typer.Argument(help="Which model.")],
     out: Annotated[Path | None, typer.Option(help="Where the checkpoint goes.")] = None,
     steps: Annotated[int | None, typer.Option(help="Training steps (default: the model's own).")] = None,
+    data: Annotated[Path | None, typer.Option(help="A folder of images, for a model that trains on one.")] = None,
     seed: int = 0,
     device: Device = "auto",
     resume: Annotated[bool, typer.Option(help="Go on from the last saved state.")] = True,
 ) -> None:
     """Train one of the compact models of the lite profile."""
-    from zsad_lib import training
+    from zsad_lib import recipes
 
-    given = {key: value for key, value in (("out", out), ("steps", steps)) if value is not None}
-    path = training.train(name, seed=seed, device=device, resume=resume, **given)
+    given = {key: value for key, value in (("out", out), ("steps", steps), ("data", data)) if value is not None}
+    path = recipes.train(name, seed=seed, device=device, resume=resume, **given)
     typer.echo(f"{name} is in {path}")
+
+
+@app.command()
+def measure(
+    docs: Annotated[Path, typer.Option(help="Where the page and its pictures go.")] = Path("docs"),
+    out: Runs = Path("runs"),
+) -> None:
+    """Measure the compact checkpoints: docs/lite_models.md and the numbers in their model cards."""
+    from zsad_lib import lite_models
+
+    typer.echo(f"written: {lite_models.measure(docs, out)}, and the model cards")
 
 
 @app.command()

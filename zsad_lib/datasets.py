@@ -113,7 +113,7 @@ def load_dataset(name, root=None, categories=None, split="test", limit=None):
         readable = [known for known, other in _known_datasets().items() if other["reader"]]
         why = "is in no manifest" if entry is None else "has no reader yet"
         raise DatasetError(f"dataset `{name}` {why}; readable: {', '.join(readable)}")
-    root = Path(root or Path(os.environ.get("ZSAD_DATA") or "data") / name)
+    root = Path(root or data_folder() / name)
     if name == "synthad" and not root.exists():
         _export_synthad(root)
     if not root.is_dir():
@@ -121,6 +121,11 @@ def load_dataset(name, root=None, categories=None, split="test", limit=None):
     samples = tuple(READERS[entry["reader"]](root))
     _require_unique_ids(samples)
     return AnomalyDataset(name, root, samples).select(categories, split, limit)
+
+
+def data_folder():
+    """Where datasets lie by default: $ZSAD_DATA, or `data` in the current folder."""
+    return Path(os.environ.get("ZSAD_DATA") or "data")
 
 
 def _known_datasets():

@@ -30,24 +30,29 @@ def make_method(name, backbone=None, features=None, device="auto", random_weight
 
     name: one of METHODS; backbone, features: a loaded object, or what `load_backbone` and `load_features`
     take (a folder, a checkpoint of the manifest, a hub id), loaded to `device`; a method that needs none
-    leaves them aside, so that one call serves all. random_weights ("unet" or "all") is passed to
-    `load_backbone`: the control row. options: the method's own. MethodError lists the names and options there
-    are; BackboneError when loading fails.
+    leaves them aside, so that one call serves all. random_weights is what a control row re-initialises: "unet"
+    or "all" of the backbone, or "features". options: the method's own. MethodError lists the names and options
+    there are; BackboneError when loading fails.
     """
     accepted = _parameters(name)
     unknown = sorted(set(options) - set(accepted))
     if unknown:
         known = ", ".join(f"{key}={value!r}" for key, value in method_options(name).items())
         raise MethodError(f"method {name!r} has no option {', '.join(unknown)}; it has: {known}")
-    if random_weights and ("backbone" not in accepted or not _is_name(backbone)):
-        raise MethodError("random_weights needs a method with a backbone, given as a name or a folder")
+    part = "features" if random_weights == "features" else "backbone"
+    if random_weights and (part not in accepted or not _is_name({"backbone": backbone, "features": features}[part])):
+        raise MethodError(f"random_weights needs a method with {part}, given as a name or a folder")
+    random = {part: random_weights}
     if "backbone" in accepted:
         _require(name, "backbone", backbone)
-        loaded = load_backbone(backbone, device, random_weights=random_weights) if _is_name(backbone) else backbone
-        options["backbone"] = loaded
+        if _is_name(backbone):
+            backbone = load_backbone(backbone, device, random_weights=random.get("backbone"))
+        options["backbone"] = backbone
     if "features" in accepted:
         _require(name, "features", features)
-        options["features"] = load_features(features, device) if _is_name(features) else features
+        if _is_name(features):
+            features = load_features(features, device, random_weights=random.get("features") and "all")
+        options["features"] = features
     return METHODS[name](**options)
 
 

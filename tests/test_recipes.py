@@ -1,0 +1,128 @@
+"""Recipes write directories that the ordinary loaders read."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDPMPipeline
+from PIL import Image
+
+from zsad_lib import recipes, synthad, training
+from zsad_lib.backbones import load_backbone, load_features
+from zsad_lib.captions import load_captioner
+
+
+def test_unknown_recipe():
+    with pytest.raises(training.TrainingError, match="lite-foundation"):
+        recipes.train("stable-diffusion")
+
+
+def test_mixed_prompts_hold_all_three_kinds():
+    captions = ["An image of a gauge, rim black"] * 200
+    mixed = recipes.mix_prompts(captions, torch.Generator().manual_seed(0))
+    share = {text: mixed.count(text) / 200 for text in ("", "An image of a gauge", captions[0])}
+    assert sum(share.values()) == pytest.approx(1)
+    assert share[""] == pytest.approx(0.1, abs=0.06) and share["An image of a gauge"] == pytest.approx(0.4, abs=0.1)
+
+
+def test_every_word_of_the_captions_is_one_token(tmp_path):
+    captions = [synthad.draw(name, f"t/{k}").caption for name in synthad.CATEGORIES for k in range(4)]
+    tokenizer = recipes.build_tokenizer(captions, tmp_path / "tokenizer")
+    for text in captions:
+        tokens = tokenizer.tokenize(text)
+        assert tokens == [w + "</w>" for w in text.lower().replace(",", " ,").split()]
+        assert len(tokens) + 2 <= recipes.MAX_TOKENS
+    assert tokenizer("zebra").input_ids != tokenizer("quokka").input_ids  # unknown words still differ, by bytes
+
+
+@pytest.fixture
+def in_tmp(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_foundation_recipe_writes_a_pipeline_that_loads(in_tmp):
+    options = {"categories": ("gauge",), "per_category": 2, "vae_steps": 1}
+    out = recipes.train("lite-foundation", "small", steps=2, device="cpu", **options)
+    backbone = load_backbone(out, device="cpu")
+    assert backbone.latent_shape == (recipes.LATENT_CHANNELS, 16, 16) and backbone.image_size == 64
+    image = torch.rand(1, 3, 64, 64)
+    assert backbone.decode(backbone.encode(image)).shape == image.shape
+    text = backbone.embed(["An image of a gauge"])
+    assert torch.isfinite(backbone.predict_noise(torch.randn(1, *backbone.latent_shape), 500, text)).all()
+    assert sum(f.stat().st_size for f in out.rglob("*.safetensors")) < 20e6
+
+
+def test_the_features_recipe_writes_a_resnet_that_loads(in_tmp):
+    options = {"categories": ("gauge",), "per_category": 2}
+    recipes.train("lite-foundation", "pipeline", steps=1, device="cpu", vae_steps=1, **options)
+    out = recipes.train("lite-features", "small", steps=2, device="cpu", pipeline="pipeline", **options)
+    features = load_features(out, device="cpu")
+    maps = features(torch.rand(2, 3, 64, 64))
+    assert len(maps) >= 2 and all(m.shape[0] == 2 and torch.isfinite(m).all() for m in maps)
+    drawn, redrawn = (np.load(f"training/lite-features-seed0/{name}.npy") for name in ("pool", "redrawn"))
+    assert redrawn.shape == drawn.shape and redrawn.dtype == np.uint8 and not np.array_equal(drawn, redrawn)
+
+
+def test_the_features_recipe_needs_an_autoencoder(in_tmp):
+    with pytest.raises(training.TrainingError, match="lite-foundation first"):
+        recipes.train("lite-features", steps=1, per_category=1, pipeline="nowhere")
+
+
+def test_place_loss_is_low_only_where_places_agree():
+    features = torch.randn(2, 32, 32, 32)
+    same = recipes.place_loss(features, features, torch.Generator().manual_seed(0))
+    shuffled = recipes.place_loss(features, features.roll(3, dims=3), torch.Generator().manual_seed(0))
+    assert same < 0.5 < 3 < shuffled
+
+
+def test_degraded_copies_differ_but_show_the_same():
+    x = training.to_tensor(np.stack([synthad.draw("gauge", "0").image]))
+    one, two = (recipes.degrade(x, torch.Generator().manual_seed(k)) for k in (1, 2))
+    assert one.shape == (1, 3, 128, 128) and not torch.equal(one, two)
+    plain = torch.nn.functional.interpolate(x, 128, mode="bilinear")
+    assert all((view - plain).abs().mean() < 0.25 for view in (one, two))
+
+
+def test_a_model_card_says_what_was_trained_and_measured(in_tmp):
+    options = {"categories": ("gauge",), "per_category": 2, "vae_steps": 1}
+    card = (recipes.train("lite-foundation", "small", steps=1, device="cpu", **options) / "README.md").read_text()
+    for fact in ("dB PSNR", "stage unet", "1 steps, seed 0", "license: apache-2.0", "Limits", "of gauge"):
+        assert fact in card, fact
+    log = json.loads((in_tmp / "small" / "training_log.json").read_text())
+    assert log["unet"]["steps"] == 1 and len(log["vae"]["losses"]) == 1
+
+
+def test_the_ddpm_recipe_writes_a_pipeline_that_draws(in_tmp):
+    out = recipes.train("lite-ddpm-synthad", "small", 2, device="cpu", categories=("gauge",), per_category=2)
+    pipeline = DDPMPipeline.from_pretrained(out)
+    pipeline.set_progress_bar_config(disable=True)
+    assert pipeline(1, num_inference_steps=2, output_type="np").images.shape == (1, 32, 32, 3)
+
+
+def test_the_ddpm_recipe_trains_on_a_folder(in_tmp):
+    with pytest.raises(training.TrainingError, match="--data FOLDER"):
+        recipes.train("lite-ddpm-cifar10", device="cpu")
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
+    (in_tmp / "pictures" / "ship").mkdir(parents=True)
+    for k, picture in enumerate(pixels):
+        Image.fromarray(picture).save(in_tmp / "pictures" / "ship" / f"{k}.png")
+    np.testing.assert_array_equal(recipes.folder_pool(in_tmp / "pictures"), pixels)
+    out = recipes.train("lite-ddpm-cifar10", "small", steps=1, device="cpu", data=in_tmp / "pictures")
+    assert "3: the images in a folder" in (out / "README.md").read_text()
+
+
+def test_the_captioner_learns_what_it_is_shown(in_tmp):
+    """Few images, seen often: it says their captions back, word for word."""
+    out = recipes.train(
+        "lite-captioner", "small", steps=60, device="cpu", categories=("gauge", "screw"), per_category=2
+    )
+    drawings = [synthad.draw(name, f"train/0/{k}") for name in ("gauge", "screw") for k in range(2)]
+    images = (training.to_tensor(np.stack([d.image for d in drawings])) + 1) / 2
+    assert load_captioner(out, "cpu")(images) == [d.caption for d in drawings]
+
+
+def test_an_option_that_a_recipe_does_not_have_is_refused(in_tmp):
+    with pytest.raises(training.TrainingError, match="lite-foundation has no option data"):
+        recipes.train("lite-foundation", device="cpu", data="pictures")
