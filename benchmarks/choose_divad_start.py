@@ -41,7 +41,9 @@ def main(backbone=PROFILES["lite"]["backbone"], features=PROFILES["lite"]["featu
         before = models["backbone"].evaluations
         with torch.inference_mode():
             redrawn, _ = method.reconstruct(images, ids, categories)
-            found = maps.smooth(maps.anomaly_map(theirs, models["features"](redrawn), 64), options["sigma"])
+            found = maps.smooth(
+                maps.anomaly_map(theirs, models["features"](redrawn), 64, options["mode"]), options["sigma"]
+            )
         scores = maps.image_score(found, options["pool"]).numpy()
         table = metrics.evaluate(categories, labels, scores, found.numpy(), masks, n_bootstrap=0)
         mean = table[table.category == "mean"].set_index("metric").value * 100

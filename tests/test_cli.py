@@ -54,7 +54,7 @@ def tree(tmp_path, monkeypatch):
     monkeypatch.setattr("zsad_lib.profiles", profiles, raising=False)
     monkeypatch.setattr(methods, "load_backbone", load_backbone)
     monkeypatch.setattr(methods, "load_features", lambda name, device, random_weights=None: name)
-    baselines = {name: methods.METHODS[name] for name in cli.BASELINES}
+    baselines = {name: methods.METHODS[name] for name in methods.BASELINES}
     monkeypatch.setattr(methods, "METHODS", {"model": Model} | baselines)
     monkeypatch.chdir(tmp_path)
     return write_tree(tmp_path / "tree", per_class=4)

@@ -21,7 +21,6 @@ app = typer.Typer(
 data = typer.Typer(help="Datasets: generate, list, check.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(data, name="data")
 
-BASELINES = ("local_contrast", "median", "patch_knn")
 KNOWN_ERRORS = {  # their messages say what to do; a module that is not loaded cannot have raised one
     "backbones": "BackboneError",
     "datasets": "DatasetError",
@@ -207,7 +206,7 @@ def score(
 
 def _plan(method: str, only: bool, random_weights: str | None) -> list[tuple[str, str | None]]:
     """(method, random weights) of each run to make: methods, their random-weights controls, the baselines."""
-    from zsad_lib.methods import METHODS
+    from zsad_lib.methods import BASELINES, METHODS
 
     named = [name for name in METHODS if name not in BASELINES] if method == "all" else [method]
     if only or method in BASELINES:
@@ -315,6 +314,8 @@ def _load_runs(folders: list[Path] | None, out: Path, dataset: str | None) -> li
 
 def _grouped(runs: list) -> dict:
     """{title of a set of images: {label: Results}}: only runs over the same images share a table."""
+    from zsad_lib.methods import BASELINES
+
     sets = {}
     for results in runs:
         key = results.run["dataset"], frozenset(results.frame["id"])

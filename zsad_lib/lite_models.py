@@ -3,8 +3,8 @@
 `measure` makes all of them; notebook 90 uses the pieces. Intervals are 95 % bootstrap intervals.
 """
 
-import json
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -17,21 +17,20 @@ from diffusers import DDIMPipeline, DDPMPipeline
 from zsad_lib import captions, ddim, manifest, plots, scoring, synthad
 from zsad_lib.backbones import load_backbone, load_features
 from zsad_lib.datasets import DatasetError, data_folder, load_dataset, load_images
-from zsad_lib.methods import make_method
+from zsad_lib.methods import BASELINES, CONTROLS, make_method
 from zsad_lib.profiles import PROFILES, profile_options
+from zsad_lib.training import photograph_crops, read_log
 
 PIPELINES = {"lite-foundation": "AB", "lite-group-a": "A", "lite-group-b": "B"}  # and the groups each was trained on
 PIXEL_MODELS = ("lite-ddpm-synthad", "lite-ddpm-cifar10")
 CAPTIONER = "lite-captioner"
-NEAR = {"t_latent": 1, "t_denoise": 81}  # what a group's model redraws is new to it: it starts from little noise
-# pipeline, features trained on the same groups, the groups it is tested on, DIVAD's options
+NEAR = {"t_latent": 1, "t_denoise": 41}  # what a group's model redraws is new to it: it starts from little noise
+# pipeline, features, the groups it is tested on, DIVAD's options
 TESTS = {
-    "foundation": ("lite-foundation", "lite-features", "AB", {}),
-    "A to B": ("lite-group-a", "lite-features-a", "B", NEAR),
-    "B to A": ("lite-group-b", "lite-features-b", "A", NEAR),
+    "foundation": ("lite-foundation", "lite-features+pixels", "AB", {}),
+    "A to B": ("lite-group-a", "pixels", "B", NEAR),
+    "B to A": ("lite-group-b", "pixels", "A", NEAR),
 }
-CONTROLS = {"": None, " (random U-Net)": "unet", " (random weights)": "all", " (untrained features)": "features"}
-BASELINES = ("local_contrast", "median", "patch_knn")
 METRICS = ("image_auroc", "pixel_auroc", "aupro")
 INTERVALS = "Cells: value [95 % bootstrap interval]. `zsad measure` repeats all of it."
 PAGE = f"""# The compact checkpoints
@@ -63,21 +62,24 @@ def held_out(category: str, count: int, size: int = 64) -> tuple[torch.Tensor, l
 # --- what each model can do ---------------------------------------------------------------------------------------
 
 
+UNSEEN = ("cell", "clock", "microaneurysms", "text")  # photographs of scikit-image that no training used
+
+
 @torch.inference_mode()
-def autoencoder_table(names=PIPELINES, per_category: int = 16) -> pd.DataFrame:
-    """PSNR in dB of each pipeline's autoencoder on held-out drawings: of the categories it was trained on, and not."""
-    rows = {}
-    for name in names:
-        backbone, values = load_backbone(name), {"seen categories": [], "unseen categories": []}
-        for group, categories in synthad.GROUPS.items():
-            for category in categories:
-                x, _ = held_out(category, per_category)
-                error = (backbone.decode(backbone.encode(x)).cpu() - x).square().mean((1, 2, 3))
-                values["seen categories" if group in PIPELINES[name] else "unseen categories"] += (
-                    -10 * torch.log10(error)
-                ).tolist()
-        rows[name] = {key: interval(v) if v else "none" for key, v in values.items()}
-    return pd.DataFrame(rows).T.rename_axis("PSNR in dB")
+def autoencoder_table(per_category: int = 16) -> pd.DataFrame:
+    """PSNR in dB of the autoencoder that all pipelines share: new drawings of each category, and new kinds of image."""
+    backbone, rows = load_backbone("lite-foundation"), {}
+
+    def psnr(x):
+        return (-10 * torch.log10((backbone.decode(backbone.encode(x)).cpu() - x).square().mean((1, 2, 3)))).tolist()
+
+    for category in synthad.CATEGORIES:
+        rows[category] = psnr(held_out(category, per_category)[0])
+    rows = {"all categories": sum(rows.values(), []), **rows}
+    for name in UNSEEN:
+        crops = photograph_crops(name, 0, per_category, 64)[0]
+        rows[f"photograph of {name}"] = psnr(torch.from_numpy(crops).permute(0, 3, 1, 2) / 255)
+    return pd.DataFrame({"PSNR in dB": {name: interval(values) for name, values in rows.items()}}).rename_axis("images")
 
 
 def captioner_table(per_category: int = 16) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -131,7 +133,7 @@ def samples_table(names=PIPELINES, count: int = 12) -> pd.DataFrame:
 
 def loading_table() -> pd.DataFrame:
     """Megabytes on disk and seconds to load, of every checkpoint, once the libraries are imported."""
-    loaders = {name: load_backbone for name in PIPELINES} | {name: load_features for _, name, _ in TESTS.values()}
+    loaders = {name: load_backbone for name in PIPELINES} | {"lite-features": load_features}
     loaders |= {name: DDPMPipeline.from_pretrained for name in PIXEL_MODELS} | {CAPTIONER: captions.load_captioner}
     rows = {}
     for name, load in loaders.items():
@@ -150,12 +152,15 @@ def detection(test: str, dataset: str = "synthad", root=None, controls=CONTROLS,
 
     dataset: "synthad" (the groups of the test), or another one, whole. features: in place of the test's own.
     """
-    backbone, own, groups, start = TESTS[test]
+    backbone, phi, groups, start = TESTS[test]
+    features = features or phi
     categories = [c for group in groups for c in synthad.GROUPS[group]] if dataset == "synthad" else None
     images, results = load_dataset(dataset, root, categories=categories), {}
+    if features == "pixels":  # nothing in them to leave untrained
+        controls = {suffix: random for suffix, random in controls.items() if random != "features"}
     plan = [("divad", suffix, random) for suffix, random in controls.items()]
     for name, suffix, random in plan + [(name, "", None) for name in BASELINES]:
-        models = {"backbone": backbone, "features": features or f"{own}+pixels"} | (start if name == "divad" else {})
+        models = {"backbone": backbone, "features": features} | (start if name == "divad" else {})
         method = make_method(name, random_weights=random, **profile_options("lite", name) | models)
         results[name + suffix] = scoring.score(images, method, runs, PROFILES["lite"]["batch_size"])
     return results
@@ -189,12 +194,14 @@ def samples_figure(name: str, count: int = 3):
 
 
 @torch.inference_mode()
-def reconstruction_figure(name: str):
-    """A held-out drawing of each category above what the autoencoder of a pipeline makes of it."""
+def reconstruction_figure():
+    """A held-out drawing of each category and photographs never seen, above what the autoencoder makes of them."""
+    crops = np.concatenate([photograph_crops(name, 0, 1, 64)[0] for name in UNSEEN])
     x = torch.cat([held_out(category, 1)[0] for category in synthad.CATEGORIES])
-    backbone = load_backbone(name)
-    nouns = [scene.noun for scene in synthad.CATEGORIES.values()]
-    return plots.picture_grid([list(x), list(backbone.decode(backbone.encode(x)).cpu())], nouns, size=1.1)
+    x = torch.cat([x, torch.from_numpy(crops).permute(0, 3, 1, 2) / 255])
+    backbone = load_backbone("lite-foundation")
+    titles = [scene.noun for scene in synthad.CATEGORIES.values()] + list(UNSEEN)
+    return plots.picture_grid([list(x), list(backbone.decode(backbone.encode(x)).cpu())], titles, size=0.9)
 
 
 def pixel_samples_figure(name: str, count: int = 12, steps: int = 50, seed: int = 0):
@@ -211,7 +218,7 @@ def loss_figure(names):
     logs = {}
     for name in names:
         folder = manifest.local_path(manifest.checkpoint_entry(name))
-        for stage, log in json.loads((folder / "training_log.json").read_text()).items():
+        for stage, log in read_log(folder).items():
             logs[f"{name}: {stage}"] = log
     columns = 3
     figure, axes = plt.subplots(-(-len(logs) // columns), columns, figsize=(10, 2.1 * -(-len(logs) // columns)))
@@ -233,47 +240,72 @@ def measure(docs: str | Path = "docs", runs: str | Path = "runs") -> Path:
     Takes about a quarter of an hour on two cores, most of it for scoring (kept in ``runs``, so that it can be
     interrupted). Returns the page.
     """
-    docs, tables = Path(docs), []  # (title, words, frame, the models it is about)
-
-    def table(title, words, frame, models):
-        print(f"[measure] {title}", flush=True)
+    docs, tables = Path(docs), []
+    for title, words, frame, models in _tables(runs):
+        print(f"[measure] {title}\n{frame.to_string()}", flush=True)
         tables.append((title, words, frame, models))
-
-    held = "on drawings that no training and no benchmark holds"
-    table("Size and loading", "Once the libraries are imported, on one machine.", loading_table(), ())
-    table("Autoencoders", f"PSNR in dB {held}.", autoencoder_table(), tuple(PIPELINES))
-    words = "Percent of samples (25 DDIM steps, guidance 2.5) in which the captioner names the category asked for."
-    table("Samples", words, samples_table(), tuple(PIPELINES))
-    said, _ = captioner_table()
-    table("Captions", f"Percent of right statements {held}.", said, (CAPTIONER,))
-    for title, images in pixel_images().items():
-        words = "Mean squared error of the predicted noise, times 1000; 1000 is predicting nothing."
-        table(f"Noise prediction, {title}", words, noise_errors(images), PIXEL_MODELS)
-    for test, (backbone, features, groups, _) in TESTS.items():
-        words = (
-            f"`{backbone}` with `{features}` on synthad's {'groups A and B' if groups == 'AB' else 'group ' + groups}."
-        )
-        table(f"DIVAD, {test}", words, scoring.compare(detection(test, runs=runs), METRICS), (backbone, features))
-    kinds = {phi: phi for phi in ("lite-features+pixels", "lite-features", "pixels", "unet:lite-foundation")}
-    results = {phi: detection("foundation", controls={"": None}, features=phi, runs=runs)["divad"] for phi in kinds}
-    results["lite-features, untrained"] = detection(
-        "foundation", controls={"": "features"}, features="lite-features", runs=runs)["divad"]  # fmt: skip
-    words = "What the map compares (Φ), the same redrawn images; all layers multiplied."
-    table("Features", words, scoring.compare(results, METRICS), ("lite-foundation", "lite-features"))
-    try:
-        for test, (backbone, features, *_) in TESTS.items():
-            frame = scoring.compare(detection(test, "magnetic_tile", runs=runs), METRICS)
-            table(f"DIVAD on the magnetic tiles, {backbone}", "Real photographs.", frame, (backbone, features))
-    except DatasetError as error:
-        print(f"[measure] the magnetic tiles are left out: {error}")
     pictures = {f"samples_{name}": samples_figure(name) for name in PIPELINES}
-    pictures |= {f"reconstructions_{name}": reconstruction_figure(name) for name in PIPELINES}
+    pictures["reconstructions"] = reconstruction_figure()
     pictures |= {f"samples_{name}": pixel_samples_figure(name) for name in PIXEL_MODELS}
     for name, figure in pictures.items():
-        figure.savefig(docs / f"{name}.png", dpi=100, bbox_inches="tight")
+        figure.savefig(docs / f"{name}.png", dpi=80, bbox_inches="tight")
         plt.close(figure)
     write_pages(docs, tables, pictures)
     return docs / "lite_models.md"
+
+
+def _tables(runs):
+    """Yields (title, words, frame, names of the checkpoints it is about)."""
+    held = "on drawings that no training and no benchmark holds"
+    yield "Size and loading", "Once the libraries are imported, on one machine.", loading_table(), ()
+    words = f"One autoencoder serves all three pipelines. PSNR {held}, and on photographs unlike any it saw."
+    yield "Autoencoder", words, autoencoder_table(), tuple(PIPELINES)
+    words = "Percent of samples (25 DDIM steps, guidance 2.5) in which the captioner names the category asked for."
+    yield "Samples", words, samples_table(), tuple(PIPELINES)
+    yield "Captions", f"Percent of right statements {held}.", captioner_table()[0], (CAPTIONER,)
+    for title, images in pixel_images().items():
+        words = "Mean squared error of the predicted noise, times 1000; 1000 is predicting nothing."
+        yield f"Noise prediction, {title}", words, noise_errors(images), PIXEL_MODELS
+    for test, (backbone, features, groups, start) in TESTS.items():
+        where = "all of synthad" if groups == "AB" else f"synthad's group {groups}, which it never saw"
+        begin = f", from t = {start['t_latent']} told {start['t_denoise']}" if start else ""
+        results, models = detection(test, runs=runs), (backbone, *checkpoints(features))
+        words = f"`{backbone}` on {where}; compared are {features}{begin}."
+        yield f"DIVAD, {test}", words, scoring.compare(results, METRICS), models
+        yield f"DIVAD, {test}, by kind of defect", "Pixel AUROC.", kinds_table(results), models
+    results = {}
+    for phi in ("lite-features+pixels", "lite-features", "pixels", "unet:lite-foundation"):
+        results[phi] = detection("foundation", controls={"": None}, features=phi, runs=runs)["divad"]
+    untrained = detection("foundation", controls={"": "features"}, features="lite-features", runs=runs)["divad"]
+    results["lite-features, untrained"] = untrained
+    words = "What the map compares; the redrawn images are the same, and all layers are multiplied."
+    yield "Features", words, scoring.compare(results, METRICS), ("lite-foundation", "lite-features")
+    try:
+        for test, (backbone, features, *_) in TESTS.items():
+            results = detection(test, "magnetic_tile", runs=runs)
+            words = f"Real photographs, {len(results['divad'].frame)} images."
+            models = (backbone, *checkpoints(features))
+            yield f"DIVAD on the magnetic tiles, {backbone}", words, scoring.compare(results, METRICS), models
+    except DatasetError as error:
+        print(f"[measure] the magnetic tiles are left out: {error}")
+
+
+def checkpoints(features: str) -> list[str]:
+    """The names of checkpoints in a name that `load_features` takes: "lite-features+pixels" -> ["lite-features"]."""
+    return [name for name in features.split("+") if name != "pixels"]
+
+
+def kinds_table(results: dict) -> pd.DataFrame:
+    """Pixel AUROC of runs on synthad, for defects of the surface and of the structure (locally normal) apart."""
+    columns = {}
+    for kind, defects in (("surface", tuple(synthad.SURFACE)), ("structure", synthad.STRUCTURE)):
+        parts = {}
+        for label, run in results.items():
+            keep = run.frame["defect"].isin(["good", *defects]).to_numpy()
+            frame = run.frame[keep].reset_index(drop=True)
+            parts[label] = replace(run, frame=frame, maps=run.maps[keep], masks=run.masks[keep])
+        columns[f"{kind} ({', '.join(defects)})"] = scoring.compare(parts, ["pixel_auroc"])["pixel_auroc"]
+    return pd.DataFrame(columns)
 
 
 def pixel_images(count: int = 8) -> dict[str, torch.Tensor]:

@@ -7,7 +7,8 @@ the authors' setting: Stable Diffusion from the hub, DINO features, 256 px maps;
 PROFILES = {
     "lite": {
         "backbone": "lite-foundation",
-        "features": "lite-features",
+        # small features see texture, pixels see colour and thin lines; a damaged place differs in all of them
+        "features": "lite-features+pixels",
         "batch_size": 16,
         "divad": {
             # the authors' rule then gives a latent at t=51 and a start at t=281; (51, 251) did well on validation
@@ -19,6 +20,7 @@ PROFILES = {
             "guidance_scale": 1.0,
             "sigma": 1.5,
             "pool": 2,
+            "mode": "product",
         },
         "baseline": {"size": 64, "sigma": 1.5, "pool": 2},
     },

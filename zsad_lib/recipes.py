@@ -86,6 +86,21 @@ def vae_loss(vae, images: torch.Tensor, generator: torch.Generator) -> torch.Ten
     return (y - x).abs().mean() + (y - x).square().mean() + 0.5 * edges + 1e-5 * posterior.kl().mean()
 
 
+def require_pipeline(folder: str) -> str:
+    if not Path(folder).is_dir():
+        raise TrainingError(f"there is no pipeline in {folder}: train lite-foundation first, or give another folder")
+    return folder
+
+
+def train_autoencoder(work: Path, steps: int, seed: int, device, images: np.ndarray) -> AutoencoderKL:
+    def loss(m, generator):
+        chosen = pick(generator, len(images), BATCH)
+        return vae_loss(m, to_tensor(images[chosen.numpy()]).to(device), generator)
+
+    torch.manual_seed(seed)
+    return fit("vae", build_vae().to(device), loss, work, steps, 1.5e-3, seed, ema_decay=0.99)
+
+
 @torch.inference_mode()
 def encode_pool(vae, images: np.ndarray, folder: Path, device) -> tuple[torch.Tensor, torch.Tensor]:
     """Posterior mean and standard deviation of every training image, kept in ``folder``."""
@@ -196,25 +211,25 @@ def train_pipeline(
     device,
     categories,
     per_category: int,
-    vae_steps: int,
+    vae_steps: int = 0,
+    autoencoder: str | None = None,
     widths=(96, 128, 128),
-    varied: int = 0,
     learning_rate: float = 5e-4,
 ) -> None:
-    """A text-conditioned latent diffusion pipeline on normal draws of ``categories`` and on photographs."""
-    images, captions = draw_pool(work, categories, per_category, seed, max(1, per_category // 8), varied)
+    """A text-conditioned latent diffusion pipeline on normal draws of ``categories`` and on photographs.
 
-    def batch(generator, size):
-        chosen = pick(generator, len(images), size)
-        return to_tensor(images[chosen.numpy()]).to(device)
-
-    torch.manual_seed(seed)
-    vae = fit("vae", build_vae().to(device), lambda m, g: vae_loss(m, batch(g, BATCH), g), work,
-              vae_steps, 1.5e-3, seed, ema_decay=0.99)  # fmt: skip
+    autoencoder: the folder of a pipeline whose autoencoder is kept as it is; without it one is trained.
+    """
+    images, captions = draw_pool(work, categories, per_category, seed, max(1, per_category // 8))
+    if autoencoder:
+        vae = load_backbone(require_pipeline(autoencoder), device).vae
+    else:
+        vae = train_autoencoder(work, vae_steps, seed, device, images)
     mean, std = encode_pool(vae, images, work, device)
-    scale = 1.0 / (mean.std() ** 2 + std.square().mean()).sqrt().item()
-    vae.register_to_config(scaling_factor=scale)
-    tokenizer = build_tokenizer([c for c in captions if c], work / "tokenizer")
+    if not autoencoder:
+        vae.register_to_config(scaling_factor=1.0 / (mean.std() ** 2 + std.square().mean()).sqrt().item())
+    scale = vae.config.scaling_factor
+    tokenizer = build_tokenizer(captions, work / "tokenizer")
     scheduler = build_scheduler()
     alphas_cumprod = scheduler.alphas_cumprod.to(device)
     torch.manual_seed(seed)
@@ -234,7 +249,6 @@ def train_pipeline(
         vae=vae, text_encoder=model.text_encoder, tokenizer=tokenizer, unet=model.unet, scheduler=scheduler,
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
-    psnr = reconstruction_psnr(vae, categories, device)
     for part in (vae, model.text_encoder, model.unet):
         part.half()
     pipeline.save_pretrained(out)
@@ -246,7 +260,8 @@ def train_pipeline(
         {"training images": f"{len(images)}: {per_category} drawings of each of {', '.join(categories)}; crops of "
                             f"scikit-image's photographs ({', '.join(PHOTOGRAPHS)})",
          "text": "the caption, its first clause, or nothing (50 / 40 / 10 percent)",
-         "autoencoder, held-out drawings": f"{psnr:.1f} dB PSNR"},
+         "autoencoder": f"{Path(autoencoder).name}'s, unchanged: it saw that model's images" if autoencoder
+                        else "trained on the same images"},
     )  # fmt: skip
 
 
@@ -326,13 +341,8 @@ def train_features(
 
     pipeline: the folder of the pipeline whose redrawings the features will be used on.
     """
-    if not Path(pipeline).is_dir():
-        raise TrainingError(
-            f"the features learn from redrawings, but there is no pipeline in {pipeline}: "
-            "train lite-foundation first, or give another folder"
-        )
     images, captions = draw_pool(work, categories, per_category, seed, max(1, per_category // 8))
-    redrawn = redraw_pool(load_backbone(pipeline, device), images, captions, work)
+    redrawn = redraw_pool(load_backbone(require_pipeline(pipeline), device), images, captions, work)
 
     def loss(m, generator):
         chosen = pick(generator, len(images), BATCH).numpy()
@@ -477,24 +487,13 @@ def train_captioner(out: Path, work: Path, steps: int, seed: int, device, catego
     )  # fmt: skip
 
 
-@torch.inference_mode()
-def reconstruction_psnr(vae, categories, device, per_category: int = 8) -> float:
-    """Mean PSNR in dB of the autoencoder on drawings that no training saw (seeds "heldout/...")."""
-    values = []
-    for category in categories:
-        drawn = np.stack([synthad.draw(category, f"heldout/{k}").image for k in range(per_category)])
-        x = to_tensor(drawn).to(device)
-        error = (vae.decode(vae.encode(x).latent_dist.mode()).sample.clamp(-1, 1) - x).square().mean((1, 2, 3)) / 4
-        values.append(-10 * torch.log10(error).mean().item())
-    return float(np.mean(values))
-
-
 # --- recipes ------------------------------------------------------------------------------------------------------
 
 ALL = tuple(synthad.CATEGORIES)
+# as in DZAD, whose autoencoder is Stable Diffusion's, the general part is shared; what differs saw one group alone
 GROUP = {
-    "per_category": 1200, "varied": 3000, "steps": 3000, "vae_steps": 3000,
-    "widths": (48, 64, 96), "learning_rate": 8e-4,
+    "per_category": 1600, "steps": 3000, "widths": (48, 64, 96), "learning_rate": 8e-4,
+    "autoencoder": "checkpoints/lite-foundation",
 }  # fmt: skip
 RECIPES = {
     "lite-foundation": (train_pipeline, {"categories": ALL, "per_category": 1200, "steps": 4000, "vae_steps": 3400}),
@@ -528,6 +527,7 @@ def train(name: str, out=None, steps=None, seed: int = 0, device: str = "auto", 
     out, work = Path(out or f"checkpoints/{name}"), Path("training") / f"{name}-seed{seed}"
     if not resume:
         shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True, exist_ok=True)
     partial = work / "finished"
     shutil.rmtree(partial, ignore_errors=True)
     recipe(partial, work, seed=seed, device=torch.device(device), **plan)

@@ -22,21 +22,19 @@ from tqdm.auto import tqdm
 
 from zsad_lib import manifest, scoring
 from zsad_lib.datasets import DatasetError, load_dataset
-from zsad_lib.methods import make_method, method_options
+from zsad_lib.methods import BASELINES, CONTROLS, make_method, method_options
 from zsad_lib.plots import Gallery
 from zsad_lib.profiles import PROFILES, profile_options
 
 NOTEBOOKS = Path("notebooks")
 DATASETS = ("synthad", "magnetic_tile")
-METHODS = (  # (method, random weights): what the diffusion model adds is the distance to the rows below it
-    ("divad", None), ("divad", "unet"), ("divad", "all"),
-    ("local_contrast", None), ("median", None), ("patch_knn", None),
-)  # fmt: skip
-CONTROL = {None: "", "unet": " (random U-Net)", "all": " (random weights)"}
+# (method, what is re-initialised): what the diffusion model adds is the distance to the rows below the first
+METHODS = [("divad", random) for random in CONTROLS.values()] + [(name, None) for name in BASELINES]
+LABELS = {random: label for label, random in CONTROLS.items()}
 BENCHMARK_CAPTION = (
     "{name}, {count} images: percent with 95 % bootstrap intervals, mean over categories. Rows below the first are "
-    "controls: the same pipeline with an untrained U-Net, with nothing trained at all, and three baselines without "
-    "any model."
+    "controls: the same pipeline with an untrained U-Net, with no part of it trained, with untrained features, and "
+    "three baselines without any model."
 )
 PACKAGES = ("torch", "diffusers", "transformers", "numpy", "scipy", "scikit-learn", "scikit-image", "zsad_lib")
 
@@ -121,7 +119,7 @@ def benchmark(profile: str, out: Path, runs: Path, notes: list[str], seed: int) 
             if "seed" in method_options(method_name):
                 options["seed"] = seed
             method = make_method(method_name, random_weights=random_weights, **options)
-            label = method_name + CONTROL[random_weights]
+            label = method_name + LABELS[random_weights]
             results[label] = scoring.score(dataset, method, runs, PROFILES[profile]["batch_size"])
         measured = scoring.measure(results)
         own = scoring.tabulate(measured[measured["method"] == "divad"], per_category=True)
@@ -154,10 +152,10 @@ def provenance(profile: str, seed: int, durations: dict[str, float]) -> dict:
         return done.stdout.strip() if done.returncode == 0 else ""
 
     checkpoints = {}
-    for role in ("backbone", "features"):
-        entry = manifest.checkpoint_entry(PROFILES[profile][role])
+    for name in {PROFILES[profile]["backbone"], *PROFILES[profile]["features"].split("+")} - {"pixels"}:
+        entry = manifest.checkpoint_entry(name)
         folder = manifest.local_path(entry)
-        checkpoints[PROFILES[profile][role]] = manifest.folder_hash(folder) if folder else entry.get("revision")
+        checkpoints[name] = manifest.folder_hash(folder) if folder else entry.get("revision")
     data = {}
     for name in DATASETS:
         try:

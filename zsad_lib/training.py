@@ -6,7 +6,6 @@ one.
 """
 
 import json
-import math
 import os
 import platform
 import time
@@ -50,7 +49,7 @@ def _draw_many(category: str, seed: int, count: int, size: int) -> tuple[np.ndar
     return np.stack([d.image for d in drawings]), [d.caption for d in drawings]
 
 
-def _photograph_crops(name: str, seed: int, count: int, size: int) -> tuple[np.ndarray, list[str]]:
+def photograph_crops(name: str, seed: int, count: int, size: int) -> tuple[np.ndarray, list[str]]:
     """Square crops of a photograph that scikit-image ships, between one third and the whole of its height."""
     picture = getattr(photographs, name)()
     picture = np.repeat(picture[:, :, None], 3, 2) if picture.ndim == 2 else picture[:, :, :3]
@@ -66,49 +65,21 @@ def _photograph_crops(name: str, seed: int, count: int, size: int) -> tuple[np.n
     return np.stack(crops), [f"A photograph of {name}"] * count
 
 
-def vary(images: np.ndarray, generator: torch.Generator) -> np.ndarray:
-    """Turned, scaled, bent, mirrored into patterns and recoloured at random: uint8 [B, S, S, 3], as it came.
-
-    Surfaces that nobody drew: who saw six products only, upright and in their own colours, knows little of a seventh.
-    """
-    x = to_tensor(images)
-
-    def uniform(low, high, *shape):
-        return low + (high - low) * torch.rand(len(x), *shape, generator=generator)
-
-    angle, scale, stretch = uniform(0, 2 * math.pi), uniform(-0.5, 1.1).exp(), uniform(-0.3, 0.3).exp()
-    mirror = uniform(-1, 1).sign()
-    rows = (scale * stretch * mirror * angle.cos(), -scale * angle.sin(), uniform(-1, 1)), (
-        scale * stretch * mirror * angle.sin(), scale * angle.cos(), uniform(-1, 1))  # fmt: skip
-    grid = F.affine_grid(torch.stack([torch.stack(row, 1) for row in rows], 1), x.shape, align_corners=False)
-    bend = uniform(0, 0.25, 1, 1, 1) * F.interpolate(uniform(-1, 1, 2, 4, 4), x.shape[-1], mode="bicubic")
-    x = F.grid_sample(x, grid + bend.movedim(1, 3), padding_mode="reflection", align_corners=False)
-    turned, _ = torch.linalg.qr(torch.randn(len(x), 3, 3, generator=generator))
-    contrast = torch.einsum("bij,bjhw->bihw", turned, x - x.mean((2, 3), keepdim=True))
-    x = uniform(0.6, 1.4, 1, 1, 1) * contrast + uniform(-0.6, 0.6, 3, 1, 1)
-    return ((x.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
-
-
-def draw_pool(folder: Path, categories, per_category: int, seed: int, photos: int = 0, varied: int = 0, size: int = 64):
+def draw_pool(folder: Path, categories, per_category: int, seed: int, photos: int = 0, size: int = 64):
     """Normal images for training: uint8 [N, size, size, 3] and their captions [N].
 
-    per_category drawings of each category, ``photos`` crops of each of PHOTOGRAPHS, and ``varied`` images that `vary`
-    makes of them (without a caption). Drawn once, kept in ``folder``.
+    per_category drawings of each category, and ``photos`` crops of each of PHOTOGRAPHS. Drawn once, kept in ``folder``.
     """
     target, meta = folder / "pool.npy", folder / "pool.json"
     if not meta.exists():
         folder.mkdir(parents=True, exist_ok=True)
         jobs = [(_draw_many, c, per_category) for c in categories]
-        jobs += [(_photograph_crops, p, photos) for p in PHOTOGRAPHS] if photos else []
+        jobs += [(photograph_crops, p, photos) for p in PHOTOGRAPHS] if photos else []
         with ProcessPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
             futures = [pool.submit(job, name, seed, count, size) for job, name, count in jobs]
             drawn = [f.result() for f in tqdm(futures, desc="drawing training images", unit="category")]
-        images = np.concatenate([group for group, _ in drawn])
-        generator = torch.Generator().manual_seed(seed)
-        chosen = pick(generator, len(images), varied).split(256)
-        images = np.concatenate([images, *(vary(images[part.numpy()], generator) for part in chosen if len(part))])
-        np.save(target, images)
-        write_json(meta, {"captions": [c for _, group in drawn for c in group] + [""] * varied})
+        np.save(target, np.concatenate([images for images, _ in drawn]))
+        write_json(meta, {"captions": [c for _, group in drawn for c in group]})
     return np.load(target), json.loads(meta.read_text())["captions"]
 
 
@@ -247,3 +218,8 @@ def write_card(out: Path, work: Path, library: str, what: str, limits: str, fact
     (out / "README.md").write_text(
         CARD.format(name=name, library=library, what=what, rows=lines, limits=limits), encoding="utf-8"
     )
+
+
+def read_log(checkpoint: str | Path) -> dict[str, dict]:
+    """What ``write_card`` kept of each stage of a checkpoint's training: steps, seed, seconds, losses."""
+    return json.loads((Path(checkpoint) / "training_log.json").read_text())

@@ -17,7 +17,11 @@ METHODS = {
     "patch_knn": patch_knn,
 }
 
-__all__ = ["METHODS", "Method", "MethodError", "Scores", "make_method", "method_options"]
+BASELINES = ("local_contrast", "median", "patch_knn")  # methods without any model
+# what a control row re-initialises (`make_method`'s random_weights), by what its label gets
+CONTROLS = {"": None, " (random U-Net)": "unet", " (random weights)": "all", " (untrained features)": "features"}
+
+__all__ = ["BASELINES", "CONTROLS", "METHODS", "Method", "MethodError", "Scores", "make_method", "method_options"]
 
 
 def method_options(name):
