@@ -26,6 +26,20 @@ def test_mixed_prompts_hold_all_three_kinds():
     assert share[""] == pytest.approx(0.1, abs=0.06) and share["An image of a gauge"] == pytest.approx(0.4, abs=0.1)
 
 
+def test_merges_are_learned_by_count_and_break_ties_the_same_way():
+    assert recipes.learn_merges(["aab", "ab", "cd"]) == [("a", "b</w>"), ("a", "ab</w>"), ("c", "d</w>")]
+    words = [w for name in synthad.CATEGORIES for w in synthad.draw(name, "0").caption.replace(",", "").split()]
+    merges = recipes.learn_merges(words)
+    assert merges == recipes.learn_merges(words[::-1])
+    assert {"".join(pair) for pair in merges} >= {word + "</w>" for word in words if len(word) > 1}
+
+
+def test_word_numbers_of_the_captioner_do_not_change():
+    captions = [synthad.draw(name, f"t/{k}").caption for name in synthad.CATEGORIES for k in range(4)]
+    first, *others = [recipes.build_word_tokenizer(captions).get_vocab() for _ in range(4)]
+    assert all(other == first for other in others)
+
+
 def test_every_word_of_the_captions_is_one_token(tmp_path):
     captions = [synthad.draw(name, f"t/{k}").caption for name in synthad.CATEGORIES for k in range(4)]
     tokenizer = recipes.build_tokenizer(captions, tmp_path / "tokenizer")

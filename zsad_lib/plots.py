@@ -111,8 +111,9 @@ def picture_grid(
 
 
 def overlay(image: torch.Tensor, anomaly_map: torch.Tensor, top: float | None = None) -> torch.Tensor:
-    """The map as a heat over a grey version of the image: [3, H, W] in [0, 1]; ``top`` is the map's hottest value."""
-    heat = (anomaly_map / (top or anomaly_map.max().clamp_min(1e-9))).clamp(0, 1)
+    """The map's square root (or weak spots would not show) as a heat over a grey version of the image: [3, H, W] in
+    [0, 1]; ``top`` is the map's hottest value."""
+    heat = (anomaly_map / (top or anomaly_map.max().clamp_min(1e-12))).clamp(0, 1).sqrt()
     colours = torch.tensor(plt.get_cmap("magma")(heat.numpy())[..., :3]).permute(2, 0, 1).float()
     grey = image.mean(0, keepdim=True).expand(3, -1, -1)
     return 0.45 * grey + 0.55 * colours
@@ -126,7 +127,7 @@ def save_heatmaps(results, samples, folder: str | Path) -> Path:
     """
     folder, maps = Path(folder), torch.from_numpy(results.maps)
     folder.mkdir(parents=True, exist_ok=True)
-    top = float(maps.max().clamp_min(1e-9))
+    top = float(maps.max().clamp_min(1e-12))
     order = results.frame["pred_score"].to_numpy().argsort()[::-1]
     for rank, k in enumerate(order):
         image = read_image(samples[k].image_path, maps.shape[-1])

@@ -1,4 +1,4 @@
-"""The two profiles: nothing but names and sizes differs between them, the code path is one.
+"""The two profiles: nothing but names, sizes and settings differs between them, the code path is one.
 
 "lite" is offline and takes minutes on a CPU: the compact checkpoints of this project on 64 px images. "paper" is
 the authors' setting: Stable Diffusion from the hub, DINO features, 256 px maps; it wants a GPU.
@@ -36,6 +36,7 @@ PROFILES = {
             "guidance_scale": 3.5,
             "sigma": 5,
             "pool": 8,
+            "mode": "sum",
         },
         "baseline": {"size": 256, "sigma": 5, "pool": 8},
     },

@@ -8,6 +8,8 @@ import inspect
 import json
 import os
 import shutil
+from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -119,17 +121,26 @@ def encode_pool(vae, images: np.ndarray, folder: Path, device) -> tuple[torch.Te
 # --- stage 2: words and the U-Net ---------------------------------------------------------------------------------
 
 
+def learn_merges(words: list[str]) -> list[tuple[str, str]]:
+    """Byte-pair merges that make each word (ASCII) one token: the most frequent pair first, ties in alphabetical order.
+
+    The trainer of the tokenizers library breaks ties anew in every run; training could then not be repeated.
+    """
+    spelled, merges = [[*word[:-1], word[-1] + "</w>"] for word in sorted(words)], []
+    while counts := Counter(pair for letters in spelled for pair in pairwise(letters)):
+        first, second = min(counts, key=lambda pair: (-counts[pair], pair))
+        merges.append((first, second))
+        for letters in spelled:
+            for k in range(len(letters) - 2, -1, -1):
+                if letters[k : k + 2] == [first, second]:
+                    letters[k : k + 2] = [first + second]
+    return merges
+
+
 def build_tokenizer(captions: list[str], folder: Path) -> CLIPTokenizer:
     """A CLIP tokenizer (byte-level BPE with end-of-word marks) whose merges are learned from ``captions``."""
-    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    bpe.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    words = sorted({w for c in captions for w in c.lower().replace(",", " ").split()})
-    trainer = trainers.BpeTrainer(
-        vocab_size=4000, min_frequency=1, end_of_word_suffix="</w>", initial_alphabet=alphabet, show_progress=False
-    )
-    bpe.train_from_iterator(words * 2, trainer)
-    merges = [tuple(m) for m in json.loads(bpe.to_str())["model"]["merges"]]
+    merges = learn_merges(list({w for c in captions for w in c.lower().replace(",", " ").split()}))
     tokens = [*alphabet, *(a + "</w>" for a in alphabet), *("".join(m) for m in merges)]
     tokens = [*dict.fromkeys(tokens), "<|startoftext|>", "<|endoftext|>"]
     folder.mkdir(parents=True, exist_ok=True)
@@ -213,12 +224,14 @@ def train_pipeline(
     per_category: int,
     vae_steps: int = 0,
     autoencoder: str | None = None,
+    tokenizer: str | None = None,
     widths=(96, 128, 128),
     learning_rate: float = 5e-4,
 ) -> None:
     """A text-conditioned latent diffusion pipeline on normal draws of ``categories`` and on photographs.
 
-    autoencoder: the folder of a pipeline whose autoencoder is kept as it is; without it one is trained.
+    autoencoder: the folder of a pipeline whose autoencoder is kept as it is; without it one is trained. tokenizer: a
+    folder whose tokenizer is kept where it exists, so that a rerun numbers the words as the shipped model does.
     """
     images, captions = draw_pool(work, categories, per_category, seed, max(1, per_category // 8))
     if autoencoder:
@@ -229,7 +242,10 @@ def train_pipeline(
     if not autoencoder:
         vae.register_to_config(scaling_factor=1.0 / (mean.std() ** 2 + std.square().mean()).sqrt().item())
     scale = vae.config.scaling_factor
-    tokenizer = build_tokenizer(captions, work / "tokenizer")
+    if tokenizer and Path(tokenizer).is_dir():
+        tokenizer = CLIPTokenizer.from_pretrained(tokenizer)
+    else:
+        tokenizer = build_tokenizer(captions, work / "tokenizer")
     scheduler = build_scheduler()
     alphas_cumprod = scheduler.alphas_cumprod.to(device)
     torch.manual_seed(seed)
@@ -495,10 +511,19 @@ GROUP = {
     "per_category": 1600, "steps": 3000, "widths": (48, 64, 96), "learning_rate": 8e-4,
     "autoencoder": "checkpoints/lite-foundation",
 }  # fmt: skip
+
+
+def _words(name: str) -> dict[str, str]:
+    return {"tokenizer": f"checkpoints/{name}/tokenizer"}
+
+
 RECIPES = {
-    "lite-foundation": (train_pipeline, {"categories": ALL, "per_category": 1200, "steps": 4000, "vae_steps": 3400}),
-    "lite-group-a": (train_pipeline, {"categories": tuple(synthad.GROUPS["A"]), **GROUP}),
-    "lite-group-b": (train_pipeline, {"categories": tuple(synthad.GROUPS["B"]), **GROUP}),
+    "lite-foundation": (
+        train_pipeline,
+        {"categories": ALL, "per_category": 1200, "steps": 4000, "vae_steps": 3400, **_words("lite-foundation")},
+    ),
+    "lite-group-a": (train_pipeline, {"categories": tuple(synthad.GROUPS["A"]), **GROUP, **_words("lite-group-a")}),
+    "lite-group-b": (train_pipeline, {"categories": tuple(synthad.GROUPS["B"]), **GROUP, **_words("lite-group-b")}),
     "lite-features": (
         train_features,
         {"categories": ALL, "per_category": 400, "steps": 1200, "pipeline": "checkpoints/lite-foundation"},
