@@ -359,7 +359,7 @@ def fetch(where, part, loader, *args, **kwargs):
     if where.revision:
         kwargs["revision"] = where.revision
     try:
-        with _quiet(bars=where.local):
+        with quiet(bars=where.local):
             return loader(where.source, *args, **kwargs)
     except Exception as error:
         reason = str(error).strip().split("\n")[0]
@@ -394,18 +394,18 @@ def read_weights(where, part, cls, heads=False, **kwargs):
 
 
 @contextmanager
-def _quiet(bars):
+def quiet(bars):
     """The libraries' warnings (and progress `bars`) off: what they report is checked here and raised."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
     libraries = (diffusers_logging, transformers_logging)
     levels = [library.get_verbosity() for library in libraries]
-    bars = bars and transformers_logging.is_progress_bar_enabled()
+    shown = [library for library in libraries if bars and library.is_progress_bar_enabled()]
     for library in libraries:
         library.set_verbosity_error()
-    if bars:
-        transformers_logging.disable_progress_bar()
+    for library in shown:
+        library.disable_progress_bar()
     try:
         with warnings.catch_warnings():
             # an argument that diffusers still passes to the hub's client
@@ -414,13 +414,13 @@ def _quiet(bars):
     finally:
         for library, level in zip(libraries, levels, strict=True):
             library.set_verbosity(level)
-        if bars:
-            transformers_logging.enable_progress_bar()
+        for library in shown:
+            library.enable_progress_bar()
 
 
 def _reinitialised(model, build, **options):
     """A model of the same configuration with the library's random weights, the same every time."""
-    with torch.random.fork_rng(devices=[]), _quiet(bars=False):
+    with torch.random.fork_rng(devices=[]), quiet(bars=False):
         torch.default_generator.manual_seed(RANDOM_SEED)
         return build(model.config, **options).to(model.dtype)
 

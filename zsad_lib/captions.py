@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 
-from zsad_lib.backbones import fetch, locate, pick_device, preprocessing, read_weights
+from zsad_lib.backbones import fetch, locate, pick_device, preprocessing, quiet, read_weights
 
 FILES = ("config.json", "generation_config.json", "preprocessor_config.json", "tokenizer_config.json")
 
@@ -36,7 +36,8 @@ class Captioner:
         if images.shape[-2:] != (self.size, self.size):
             images = F.interpolate(images, (self.size, self.size), mode="bilinear", antialias=True)
         mean, std = (images.new_tensor(values).view(1, 3, 1, 1) for values in (self.mean, self.std))
-        tokens = self.model.generate(pixel_values=(images - mean) / std, do_sample=False)
+        with quiet(bars=False):  # a sentence that ends before the others is padded, and warned of
+            tokens = self.model.generate(pixel_values=(images - mean) / std, do_sample=False)
         return self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
 
 

@@ -15,7 +15,7 @@ import torch
 from diffusers import DDIMPipeline, DDPMPipeline
 
 from zsad_lib import captions, ddim, manifest, plots, scoring, synthad
-from zsad_lib.backbones import load_backbone, load_features
+from zsad_lib.backbones import fetch, load_backbone, load_features, locate
 from zsad_lib.datasets import DatasetError, data_folder, load_dataset, load_images
 from zsad_lib.methods import BASELINES, CONTROLS, make_method
 from zsad_lib.profiles import PROFILES, profile_options
@@ -134,7 +134,7 @@ def samples_table(names=PIPELINES, count: int = 12) -> pd.DataFrame:
 def loading_table() -> pd.DataFrame:
     """Megabytes on disk and seconds to load, of every checkpoint, once the libraries are imported."""
     loaders = {name: load_backbone for name in PIPELINES} | {"lite-features": load_features}
-    loaders |= {name: DDPMPipeline.from_pretrained for name in PIXEL_MODELS} | {CAPTIONER: captions.load_captioner}
+    loaders |= {name: load_pixel_model for name in PIXEL_MODELS} | {CAPTIONER: captions.load_captioner}
     rows = {}
     for name, load in loaders.items():
         folder = manifest.local_path(manifest.checkpoint_entry(name))
@@ -166,6 +166,11 @@ def detection(test: str, dataset: str = "synthad", root=None, controls=CONTROLS,
     return results
 
 
+def load_pixel_model(name_or_path, kind=DDPMPipeline):
+    """Read an unconditional pipeline (a folder, a checkpoint of data_manifest.yaml, a hub id) to sample by ``kind``."""
+    return fetch(locate(name_or_path, ("model_index.json",), "DDPMPipeline"), None, kind.from_pretrained)
+
+
 @torch.inference_mode()
 def noise_errors(images: torch.Tensor, timesteps=(50, 200, 500), names=PIXEL_MODELS) -> pd.DataFrame:
     """How well each pixel model predicts the noise in images [B,3,32,32] in [0,1]: mean squared error times 1000.
@@ -174,7 +179,7 @@ def noise_errors(images: torch.Tensor, timesteps=(50, 200, 500), names=PIXEL_MOD
     """
     noise, rows = torch.randn(images.shape, generator=torch.Generator().manual_seed(0)), {}
     for name in names:
-        pipeline = DDPMPipeline.from_pretrained(manifest.local_path(manifest.checkpoint_entry(name)))
+        pipeline = load_pixel_model(name)
         rows[name] = {}
         for t in timesteps:
             noisy = ddim.add_noise(2 * images - 1, noise, pipeline.scheduler.alphas_cumprod[t])
@@ -206,7 +211,7 @@ def reconstruction_figure():
 
 def pixel_samples_figure(name: str, count: int = 12, steps: int = 50, seed: int = 0):
     """What an unconditional pixel model draws, by DDIM."""
-    pipeline = DDIMPipeline.from_pretrained(manifest.local_path(manifest.checkpoint_entry(name)))
+    pipeline = load_pixel_model(name, DDIMPipeline)
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(seed)
     drawn = pipeline(count, generator, num_inference_steps=steps, output_type="np").images
