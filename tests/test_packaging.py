@@ -14,9 +14,9 @@ from conftest import ROOT
 
 # Ground floor first. A module may import its own floor and the floors below it, never one above.
 FLOORS = [
-    ["canvas", "scenes", "synthad", "metrics", "manifest"],
-    ["datasets", "backbones", "maps", "ddim"],
-    ["methods"],
+    ["canvas", "scenes", "synthad", "metrics", "manifest", "weighting"],
+    ["datasets", "backbones", "maps", "ddim", "guidance", "convert"],
+    ["methods", "noise_errors"],
     ["profiles", "training", "scoring", "captions"],
     ["recipes", "plots", "widgets"],
     ["lite_models", "report", "cli"],

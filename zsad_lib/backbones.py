@@ -145,24 +145,29 @@ class Backbone:
         tokens = self.tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
         return self.text_encoder(tokens.input_ids.to(self.device))[0]
 
-    def predict_noise(self, z, t, cond, uncond=None, guidance_scale=1.0):
-        """ε_θ(z, t, c), float32 [B,C,h,w], for latents z [B,C,h,w], timestep t (int) and text `cond` [B,L,D].
+    def predict_noise(self, z, t, cond, uncond=None, guidance_scale=1.0, network=None):
+        """ε_θ(z, t, c), float32 [B,C,h,w], for latents z [B,C,h,w], text `cond` [B,L,D] and timestep t: an int,
+        or a tensor [B] with the timestep of each latent.
 
         Classifier-free guidance: uncond + guidance_scale·(cond − uncond) from one batched call of 2B samples.
         With `uncond` None or a guidance_scale of 1 only the conditional half is run. A v-prediction v is
         turned into ε = √ᾱ·v + √(1 − ᾱ)·z (Salimans and Ho, "Progressive Distillation", appendix D).
+        `network(z, timesteps, text)` -> [B,C,h,w] takes the U-Net's place (see guidance.py) and counts as it does.
         """
         guided = uncond is not None and guidance_scale != 1
-        inputs, text = (torch.cat([z, z]), torch.cat([uncond, cond])) if guided else (z, cond)
-        timesteps = torch.full((len(inputs),), int(t), device=self.device)
+        times = torch.as_tensor(t, dtype=torch.long, device=self.device).expand(len(z))
+        inputs, text, timesteps = z, cond, times
+        if guided:
+            inputs, text, timesteps = torch.cat([z, z]), torch.cat([uncond, cond]), torch.cat([times, times])
         self.evaluations += len(inputs)
         inputs, text = (tensor.to(self.device, self.dtype) for tensor in (inputs, text))
-        out = self.unet(inputs, timesteps, text).sample.float()
+        network = network or (lambda *arguments: self.unet(*arguments).sample)
+        out = network(inputs, timesteps, text).float()
         if guided:
             without, with_text = out.chunk(2)
             out = without + guidance_scale * (with_text - without)
         if self.prediction_type == "v_prediction":
-            alpha = self.alphas_cumprod[t]
+            alpha = self.alphas_cumprod[times].view(-1, 1, 1, 1)
             out = alpha.sqrt() * out + (1 - alpha).sqrt() * z.to(out)
         return out
 

@@ -1,0 +1,541 @@
+"""zsad_lib.guidance: the authors' network at full width (golden, opt-in), and its structure at small width."""
+
+import zlib
+from copy import deepcopy
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from test_backbones import tiny_backbone, tiny_parts, tiny_scheduler
+
+from conftest import shared_path
+from zsad_lib import convert, ddim, guidance
+from zsad_lib.backbones import Backbone, BackboneError
+from zsad_lib.guidance import GuidanceError, GuidedBackbone, SemanticGuide, guided_unet
+from zsad_lib.recipes import LATENT_CHANNELS, build_scheduler, build_unet
+
+RAW = {"hint_mean": (0, 0, 0), "hint_std": (1, 1, 1)}  # the golden hints are given as the network takes them
+GROUPS = {"sd": ((6, 7, 8), (9, 10, 11)), "compact": ((2, 3), (4, 5))}  # fused skips, and those fused into
+
+
+def sd_unet(widths=(320, 640, 1280, 1280), **options):
+    """Stable Diffusion 1.5's U-Net, of any width."""
+    return UNet2DConditionModel(sample_size=64, block_out_channels=widths, **({"cross_attention_dim": 768} | options))
+
+
+def gaussian(name, shape, scale=1.0):
+    """The numbers that the golden files' rule gives for a name."""
+    generator = np.random.Generator(np.random.PCG64(zlib.crc32(name.encode())))
+    return torch.from_numpy(np.float32(scale) * generator.standard_normal(shape, dtype=np.float32))
+
+
+def fill(part, model):
+    """Fill every tensor by its CompVis name, as the golden files' README says."""
+    names = convert.ldm_names(part, model)
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            key = names[name]
+            if tensor.dim() >= 2:
+                gain = 1.6 if ".input_hint_block." in key else 1
+                tensor.copy_(gaussian(key, tensor.shape, gain / np.sqrt(tensor[0].numel())))
+            elif key.endswith("weight"):
+                tensor.copy_(1 + gaussian(key, tensor.shape, 0.1))
+            else:
+                tensor.copy_(gaussian(key, tensor.shape, 0.02))
+    return model
+
+
+def small(kind="compact", filled=True, initialisation="trainable"):
+    """(unet, guide, inputs): Stable Diffusion's structure or the compact models', narrow; inputs for `guided_unet`."""
+    options = {"norm_num_groups": 8, "attention_head_dim": 4, "cross_attention_dim": 24}
+    unet = sd_unet((16, 24, 32, 32), **options) if kind == "sd" else build_unet((16, 32, 32))
+    halvings = {"sd": 3, "compact": 2}[kind]
+    guide = SemanticGuide.from_unet(unet, halvings, initialisation)
+    if filled:
+        fill("unet", unet), fill("guide", guide)
+    z = torch.randn(2, unet.config.in_channels, 16, 16)
+    text = torch.randn(2, 5, unet.config.cross_attention_dim)
+    images = torch.rand(2, 3, 16 * 2**halvings, 16 * 2**halvings)
+    return unet, guide, (z, torch.tensor([999, 321]), text, images)
+
+
+def run(unet, guide, inputs, mode="only mid"):
+    *latents, images = inputs
+    return guided_unet(unet, guide, *latents, guide.embed(images), mode)
+
+
+# --- structure
+
+
+@pytest.mark.parametrize("kind", GROUPS)
+@pytest.mark.parametrize("initialisation", guidance.INITIALISATIONS)
+@torch.no_grad()
+def test_new_guidance_leaves_the_unet_as_it_is(kind, initialisation):
+    unet, guide, inputs = small(kind, filled=False, initialisation=initialisation)
+    plain = unet(*inputs[:3]).sample
+    for mode in guidance.MODES:
+        assert (run(unet, guide, inputs, mode) - plain).abs().max() < 1e-6
+    for name, tensor in unet.state_dict().items():
+        if not name.startswith(guidance.TRAINED):
+            assert torch.equal(tensor, guide.encoder.state_dict()[name]), f"{name} was not copied"
+
+
+def reference_fusion(guide, before, target, sources):
+    """One fused skip, with the instance norm written out."""
+    total = before[target]
+    first_source, first_target = sources[0], sources[-1] + 1
+    for source in sources:
+        weight = guide.fusion.down[source - first_source][target - first_target].weight
+        branch = F.conv2d(before[source], weight, stride=2, padding=1)
+        mean, variance = branch.mean((2, 3), keepdim=True), branch.var((2, 3), keepdim=True, correction=0)
+        branch = (branch - mean) / (variance + 1e-5).sqrt()
+        total = total + branch * torch.sigmoid(branch)
+    return total * torch.sigmoid(total)
+
+
+@pytest.mark.parametrize("kind", GROUPS)
+@torch.no_grad()
+def test_fusion_goes_from_the_last_but_one_resolution_into_the_last(kind):
+    """Stable Diffusion: skips 6 … 8 into 9 … 11; of the compact models' six, 2 and 3 into 4 and 5."""
+    _, guide, (z, t, text, images) = small(kind)
+    hint = guide.embed(images)
+    before, middle_before = guide.encoder(z, t, text, hint, return_dict=False)
+    after, middle = guide(z, t, text, hint)
+    sources, targets = GROUPS[kind]
+    assert len(after) == len(before) == targets[-1] + 1 and torch.equal(middle, middle_before)
+    resolutions = [skip.shape[-1] for skip in before]
+    assert {resolutions[k] for k in sources} == {2 * resolutions[targets[0]]}
+    assert resolutions.count(resolutions[-1]) == len(targets) and resolutions.count(resolutions[sources[0]]) == len(
+        sources
+    )
+    for k in range(targets[0]):
+        assert torch.equal(after[k], before[k])
+    for k in targets:
+        assert torch.allclose(after[k], reference_fusion(guide, before, k, sources), atol=1e-5)
+        assert not torch.allclose(after[k], before[k], atol=0.1)
+
+
+@pytest.mark.parametrize("kind", GROUPS)
+@torch.no_grad()
+def test_only_mid_uses_middle_and_fused_skips(kind):
+    """The other skips act through the fusion alone, and those above its sources not at all; in "all" mode they do."""
+    unet, guide, inputs = small(kind)
+    sources, targets = GROUPS[kind]
+    normal = {mode: run(unet, guide, inputs, mode) for mode in guidance.MODES}
+    assert not torch.allclose(normal["only mid"], normal["all"], atol=1e-3)
+
+    def influence(mode, *outputs, fusion=True):
+        """The largest change of the prediction when these outputs' convolutions are shuffled, the fusion emptied."""
+        other = deepcopy(guide)
+        for output in outputs:
+            convolution = output(other.encoder)
+            convolution.weight.copy_(convolution.weight.roll(1, 0))
+        for parameter in () if fusion else other.fusion.parameters():
+            parameter.zero_()
+        return (run(unet, other, inputs, mode) - normal[mode]).abs().max().item()
+
+    def skip(k):
+        return lambda encoder: encoder.controlnet_down_blocks[k]
+
+    assert influence("only mid", lambda encoder: encoder.controlnet_mid_block) > 1e-4
+    for k in range(targets[-1] + 1):
+        assert influence("all", skip(k)) > 1e-4
+        change = influence("only mid", skip(k))
+        assert change > 1e-5 if k >= sources[0] else change == 0, k
+    without = influence("only mid", fusion=False)
+    assert without > 1e-3
+    assert influence("only mid", *(skip(k) for k in range(targets[0])), fusion=False) == without
+
+
+@torch.no_grad()
+def test_the_prediction_follows_image_text_and_time():
+    unet, guide, (z, t, text, images) = small()
+    one = run(unet, guide, (z, t, text, images))
+    assert torch.allclose(run(unet, guide, (z[1:], t[1:], text[1:], images[1:])), one[1:], atol=1e-5)
+    for other in ((z, t, text, images.flip(0)), (z, t, text.flip(0), images), (z, t.flip(0), text, images)):
+        assert (run(unet, guide, other) - one).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("downsamplings", [0, 1, 2, 3, 4])
+@torch.no_grad()
+def test_the_hint_reaches_the_latents_resolution(downsamplings):
+    guide = SemanticGuide.from_unet(build_unet((16, 32, 32)), downsamplings)
+    assert guide.embed(torch.rand(1, 3, 64, 32)).shape == (1, 16, 64 >> downsamplings, 32 >> downsamplings)
+    widths = [layer.out_channels for layer in guide.hint.children() if isinstance(layer, torch.nn.Conv2d)]
+    stack = [convolution.out_channels for convolution in guide.hint.blocks]
+    assert [widths[0], *stack] == [16, 16, 32, 32, 96, 96, 256, 256, 256][: 2 * downsamplings + 1]
+    assert sum(convolution.stride == (2, 2) for convolution in guide.hint.blocks) == downsamplings
+
+
+@torch.no_grad()
+def test_images_are_scaled_as_the_guide_was_made_for():
+    unet, guide, (*_, images) = small()
+    imagenet = {"hint_mean": (0.485, 0.456, 0.406), "hint_std": (0.229, 0.224, 0.225)}
+    other, raw = (SemanticGuide.from_unet(unet, 2, **scale) for scale in (imagenet, RAW))
+    for twin in (other, raw):
+        twin.load_state_dict(guide.state_dict())
+    mean, std = (torch.tensor(values)[:, None, None] for values in imagenet.values())
+    assert torch.allclose(guide.embed(images), raw.embed(2 * images - 1), atol=1e-6)
+    assert torch.allclose(other.embed(images), raw.embed((images - mean) / std), atol=1e-5)
+
+
+# --- training
+
+
+def steps(unet, guide, inputs, mode, count=1):
+    """A few AdamW steps on a random linear loss; the gradients of the first one, by name."""
+    parameters = guidance.train_guided(unet, guide)
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3)
+    first = None
+    for _ in range(count):
+        out = run(unet, guide, inputs, mode)
+        optimizer.zero_grad()
+        (out * gaussian("loss", out.shape)).sum().backward()
+        named = {"guide": guide, "unet": unet}
+        first = first or {
+            f"{part}.{name}": None if p.grad is None else p.grad.abs().max().item()
+            for part, model in named.items()
+            for name, p in model.named_parameters()
+        }
+        optimizer.step()
+    return first
+
+
+def of(gradients, prefix):
+    found = {name: value for name, value in gradients.items() if name.startswith(prefix)}
+    assert found, f"nothing is named {prefix}"
+    return set(found.values())
+
+
+@pytest.mark.parametrize("kind", GROUPS)
+def test_what_trains(kind):
+    """Guide, decoder and output; the U-Net's encoder, middle and time embedding stay as they are."""
+    unet, guide, inputs = small(kind)
+    before = deepcopy(unet.state_dict())
+    gradients = steps(unet, guide, inputs, "only mid")
+    changed = {name for name, tensor in unet.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed == {name for name in before if name.startswith(("up_blocks.", "conv_norm_out.", "conv_out."))}
+    for part in ("unet.conv_in", "unet.time_embedding", "unet.down_blocks", "unet.mid_block"):
+        assert of(gradients, part) == {None}
+    unused = [f"guide.encoder.controlnet_down_blocks.{k}." for k in range(GROUPS[kind][0][0])]
+    for name, value in gradients.items():
+        if name.startswith(("guide.", "unet.up_blocks", "unet.conv_norm_out", "unet.conv_out")):
+            assert (value is None) == name.startswith(tuple(unused)), name
+            assert value is None or value > 0, name
+
+
+@pytest.mark.parametrize("kind", GROUPS)
+def test_the_published_fusion_never_trains_in_only_mid_mode(kind):
+    """Zeros times zeros: no gradient to either factor, at the first step or at any later one."""
+    unet, guide, inputs = small(kind, filled=False, initialisation="published")
+    gradients = steps(unet, guide, inputs, "only mid", count=3)
+    assert of(gradients, "guide.fusion.") == {0.0}
+    for k in GROUPS[kind][0]:
+        assert of(gradients, f"guide.encoder.controlnet_down_blocks.{k}.") == {0.0}
+        assert not guide.encoder.controlnet_down_blocks[k].weight.any()
+    assert not any(parameter.any() for parameter in guide.fusion.parameters())
+    for k in GROUPS[kind][1]:
+        assert min(of(gradients, f"guide.encoder.controlnet_down_blocks.{k}.")) > 0
+
+
+@pytest.mark.parametrize("kind", GROUPS)
+@pytest.mark.parametrize(("initialisation", "mode"), [("trainable", "only mid"), ("published", "all")])
+def test_the_fusion_trains_otherwise(kind, initialisation, mode):
+    unet, guide, inputs = small(kind, filled=False, initialisation=initialisation)
+    start = deepcopy(guide.fusion.state_dict())
+    gradients = steps(unet, guide, inputs, mode, count=3)
+    for k in GROUPS[kind][0]:
+        assert min(of(gradients, f"guide.encoder.controlnet_down_blocks.{k}.")) > 0
+    for name, tensor in guide.fusion.state_dict().items():
+        assert (tensor - start[name]).abs().max() > 5e-4, "AdamW moves what has a gradient by about its rate a step"
+
+
+def test_the_trainable_start_is_gentle():
+    """Around zero the instance norm amplifies by 316; the fused skips' first gradients are of the others' size."""
+    unet, guide, inputs = small("sd", filled=False)
+    gradients = steps(unet, guide, inputs, "only mid")
+    fused, direct = (
+        max(max(of(gradients, f"guide.encoder.controlnet_down_blocks.{k}.")) for k in group) for group in GROUPS["sd"]
+    )
+    assert 0.02 < fused / direct < 20
+
+
+# --- saving, loading
+
+
+@torch.no_grad()
+def test_saved_and_loaded_again(tmp_path):
+    unet, guide, inputs = small(initialisation="published")
+    guide.save_pretrained(tmp_path)
+    for loaded in (SemanticGuide.from_pretrained(tmp_path), guidance.load_guide(tmp_path, standing_in(unet))):
+        assert torch.equal(run(unet, loaded, inputs), run(unet, guide, inputs))
+        assert loaded.config.initialisation == "published" and not loaded.training
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+    half = guidance.load_guide(tmp_path, standing_in(unet, torch.bfloat16))
+    hint = half.embed(inputs[-1])
+    assert hint.dtype == torch.bfloat16
+    assert torch.allclose(guided_unet(unet, half, *inputs[:3], hint), run(unet, guide, inputs), atol=0.2)
+
+
+def standing_in(unet, dtype=torch.float32):
+    return SimpleNamespace(unet=unet, device=torch.device("cpu"), dtype=dtype, name="model")
+
+
+def test_loading_never_guesses(tmp_path):
+    unet, guide, _ = small(filled=False)
+    guide.save_pretrained(tmp_path)
+    with pytest.raises(BackboneError, match="U-Net with in_channels 8; that of model has 4"):
+        guidance.load_guide(tmp_path, standing_in(tiny_parts()[1]))
+    from safetensors.torch import load_file, save_file
+
+    file = tmp_path / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    del weights["fusion.down.0.0.weight"]
+    save_file(weights, file)
+    with pytest.raises(BackboneError, match=r"1 missing \(fusion.down.0.0.weight"):
+        guidance.load_guide(tmp_path, standing_in(unet))
+
+
+def test_errors():
+    unet, guide, (z, t, text, images) = small(filled=False)
+    with pytest.raises(GuidanceError, match=r"latents are 16x16, the embedded images 8x16, after 2 downsamplings"):
+        run(unet, guide, (z, t, text, images[:, :, :32]))
+    with pytest.raises(GuidanceError, match="'mid' is unknown; use one of .*only mid"):
+        run(unet, guide, (z, t, text, images), "mid")
+    with pytest.raises(GuidanceError, match="'zero' is unknown; use one of .*published"):
+        SemanticGuide.from_unet(unet, 2, "zero")
+    with pytest.raises(GuidanceError, match="deepest feature maps have one pixel"):
+        run(unet, guide, (z[..., :4, :4], t, text, images[..., :16, :16]))
+    shallow = {"down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("CrossAttnUpBlock2D",)}
+    with pytest.raises(GuidanceError, match="two levels are the least"):
+        SemanticGuide.from_unet(UNet2DConditionModel(block_out_channels=(32,), **shallow))
+    with pytest.raises(GuidanceError, match="one number for all"):
+        SemanticGuide.from_unet(SimpleNamespace(config=SimpleNamespace(layers_per_block=(1, 2))))
+
+
+# --- as a backbone
+
+
+def tiny_guided(count=2, mode="only mid", prediction_type="epsilon"):
+    backbone = tiny_backbone(prediction_type)
+    guide = fill("guide", SemanticGuide.from_unet(backbone.unet, 2))
+    generator = torch.Generator().manual_seed(3)
+    images = torch.rand(count, 3, 32, 32, generator=generator)
+    return backbone, GuidedBackbone(backbone, guide, images, mode)
+
+
+@pytest.mark.parametrize("mode", guidance.MODES)
+@torch.no_grad()
+def test_guided_backbone_predicts_as_the_networks_do(mode):
+    """Both halves of classifier-free guidance see the same images; every sample counts once."""
+    backbone, guided = tiny_guided(mode=mode)
+    z, t = torch.randn(2, 4, 8, 8), torch.tensor([401, 7])
+    cond, uncond = backbone.embed(["an image", "of b"]), backbone.embed(["", ""])
+
+    def direct(text):
+        return guided_unet(backbone.unet, guided.guide, z, t, text, guided.guide.embed(guided.images), mode)
+
+    before = backbone.evaluations
+    assert torch.allclose(guided.predict_noise(z, t, cond), direct(cond), atol=1e-6)
+    assert backbone.evaluations - before == 2
+    expected = direct(uncond) + 3.5 * (direct(cond) - direct(uncond))
+    assert torch.allclose(guided.predict_noise(z, t, cond, uncond, 3.5), expected, atol=1e-4)
+    assert backbone.evaluations - before == 6
+    assert not torch.allclose(direct(cond), backbone.predict_noise(z, t, cond), atol=1e-2)
+
+
+@torch.no_grad()
+def test_rows_say_which_image_a_latent_belongs_to():
+    backbone, guided = tiny_guided(count=3)
+    rows, z, t = torch.tensor([2, 0, 2, 1]), torch.randn(4, 4, 8, 8), torch.tensor([1, 300, 600, 900])
+    cond = backbone.embed(["a", "b", "c"])
+    many = guided.predict_noise(z, t, cond[rows], rows=rows)
+    for k, row in enumerate(rows.tolist()):
+        alone = GuidedBackbone(backbone, guided.guide, guided.images[row : row + 1])
+        one = alone.predict_noise(z[k : k + 1], int(t[k]), cond[row : row + 1])
+        assert torch.allclose(one, many[k : k + 1], atol=1e-5)
+    with pytest.raises(GuidanceError, match="4 latents for 3 images"):
+        guided.predict_noise(z, 300, cond[rows])
+    with pytest.raises(GuidanceError, match="mode 'half' is unknown"):
+        GuidedBackbone(backbone, guided.guide, guided.images, "half")
+
+
+@torch.no_grad()
+def test_guided_v_prediction():
+    """The guided output v is turned into ε as the plain one is, with each latent's own timestep."""
+    _, epsilon = tiny_guided()
+    backbone, velocity = tiny_guided(prediction_type="v_prediction")
+    z, t, cond = torch.randn(2, 4, 8, 8), torch.tensor([700, 20]), backbone.embed(["a", "b"])
+    alpha = backbone.alphas_cumprod[t].view(-1, 1, 1, 1)
+    v = epsilon.predict_noise(z, t, cond)
+    assert torch.allclose(velocity.predict_noise(z, t, cond), alpha.sqrt() * v + (1 - alpha).sqrt() * z, atol=1e-5)
+
+
+@torch.no_grad()
+def test_ddim_runs_with_guidance():
+    """Inversion and denoising take the guided prediction as they take the plain one, and come out elsewhere."""
+    backbone, guided = tiny_guided()
+    z, cond = backbone.encode(guided.images), backbone.embed(["", ""])
+
+    def round_trip(model):
+        up = ddim.invert(lambda z, t: model.predict_noise(z, t, cond), z, backbone.alphas_cumprod, 10, stop=301)[-1][1]
+        return ddim.denoise(lambda z, t: model.predict_noise(z, t, cond), up, backbone.alphas_cumprod, 10, start_step=6)
+
+    before = backbone.evaluations
+    with_guidance = round_trip(guided)
+    assert backbone.evaluations - before == 2 * (3 + 3)
+    assert with_guidance.shape == z.shape and torch.isfinite(with_guidance).all()
+    assert (with_guidance - round_trip(backbone)).abs().max() > 1e-3
+
+
+# --- the authors' network, at its width
+
+
+def full_size(build, part):
+    """A model of Stable Diffusion 1.5's size, filled by name, without the time that random weights take."""
+    with torch.device("meta"):
+        model = build()
+    return fill(part, model.to_empty(device="cpu")).eval().requires_grad_(False)
+
+
+def sd_vae():
+    return AutoencoderKL(
+        block_out_channels=(128, 256, 512, 512),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=2,
+        latent_channels=4,
+        sample_size=512,
+    )
+
+
+@pytest.fixture(scope="module")
+def full():
+    """(unet, guide) at full width: 5.3 GB."""
+    shared_path("golden/vlmdiff/network_a.npz")
+    unet = full_size(sd_unet, "unet")
+    return unet, full_size(lambda: SemanticGuide.from_unet(sd_unet(), 3, **RAW), "guide")
+
+
+@pytest.fixture(scope="module")
+def full_vae():
+    shared_path("golden/vlmdiff/vae.npz")
+    return full_size(sd_vae, "vae")
+
+
+def arrays(name):
+    with np.load(shared_path(f"golden/vlmdiff/{name}.npz")) as file:
+        return {key: torch.from_numpy(file[key]) for key in file}
+
+
+def slice_error(stored, key, tensor):
+    """The largest difference at the 64 stored places of a large array."""
+    assert tuple(tensor.shape) == tuple(stored[f"{key}/shape"].tolist()), key
+    generator = np.random.Generator(np.random.PCG64(zlib.crc32(f"slice/{key}".encode())))
+    places = torch.from_numpy(generator.integers(0, tensor.numel(), 64))
+    return (tensor.flatten()[places] - stored[f"{key}/slice"]).abs().max().item()
+
+
+SHAPES = {"a": (1, 16, 16), "b": (2, 16, 16), "c": (1, 16, 24), "d": (1, 32, 32)}
+
+
+def network_errors(unet, guide, case):
+    """{quantity: largest difference to the authors' network} for one of the stored inputs."""
+    stored, (count, height, width) = arrays(f"network_{case}"), SHAPES[case]
+    z = gaussian(f"input/{case}/x", (count, 4, height, width))
+    text, t = gaussian(f"input/{case}/context", (count, 77, 768)), stored["timesteps"].long()
+    hint = guide.embed(gaussian(f"input/{case}/hint", (count, 3, 8 * height, 8 * width)))
+    before, _ = guide.encoder(z, t, text, hint, return_dict=False)
+    after, middle = guide(z, t, text, hint)
+    fused = range(9, 12)
+    errors = {
+        "controls 0-8, 12": max(slice_error(stored, f"{case}/out{k}", after[k]) for k in range(9)),
+        "before fusion": max(slice_error(stored, f"{case}/before_sff{k}", before[k]) for k in fused),
+        "controls 9-11": max(slice_error(stored, f"{case}/out{k}", after[k]) for k in fused),
+    }
+    errors["controls 0-8, 12"] = max(errors["controls 0-8, 12"], slice_error(stored, f"{case}/out12", middle))
+    if case in "ac":
+        whole = [after[k] - stored[f"full/out{k}"] for k in fused] + [middle - stored["full/out12"]]
+        errors["controls 9-12, whole"] = max(difference.abs().max().item() for difference in whole)
+    predictions = {"plain": unet(z, t, text).sample}
+    for mode, name in (("only mid", "mid"), ("all", "all")):
+        predictions[name] = guided_unet(unet, guide, z, t, text, hint, mode)
+    return errors | {f"eps {k}": (eps - stored[f"eps_{k}"]).abs().max().item() for k, eps in predictions.items()}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("case", SHAPES)
+@torch.no_grad()
+def test_golden_network(full, case):
+    """Thirteen controls, before and after the fusion, and the noise predicted without and with them, in both modes."""
+    limits = {"eps plain": 5e-5, "eps mid": 5e-5, "eps all": 5e-5, "controls 9-11": 3e-4, "controls 9-12, whole": 3e-4}
+    for quantity, error in network_errors(*full, case).items():
+        assert error < limits.get(quantity, 2e-4), quantity
+
+
+def sampler_errors(unet, guide, vae, mode):
+    """The authors' test-time sampling with GuidedBackbone: largest differences of latents, of decoded images.
+
+    Ten DDIM steps and guidance 9, from a latent noised at 999 and taken for 901, down to level 0.
+    """
+    stored = arrays({"only mid": "e2e_only_mid", "all": "e2e_all"}[mode])
+    stub = SimpleNamespace(config=SimpleNamespace(hidden_size=768))
+    backbone = Backbone(vae, unet, stub, None, build_scheduler(), "filled")
+    image = gaussian("e2e/image", (1, 3, 128, 128), 0.5)
+    guided = GuidedBackbone(backbone, guide, image, mode)
+    texts = [gaussian(f"context/{prompt}", (1, 77, 768)) for prompt in ("a photo of a bottle", "")]
+    alphas, z = backbone.alphas_cumprod, stored["x_T"]
+    noised = ddim.add_noise(stored["z"], stored["noise"], alphas[999])
+    errors = [(noised - z).abs().max().item()]
+    for t, latent in zip(stored["t"].flatten().tolist(), stored["latents"], strict=True):
+        eps = guided.predict_noise(z, int(t), *texts, 9.0)
+        z = ddim.ddim_step(z, eps, alphas[int(t)], alphas[max(0, int(t) - 100)])
+        errors.append((z - latent).abs().max().item())
+    mean, _ = backbone.posterior(image / 2 + 0.5)
+    decoded = F.avg_pool2d(vae.decode(z / 0.18215).sample, 8)
+    pictures = max((mean - stored["posterior_mean"]).abs().max(), (decoded - stored["samples_16"]).abs().max())
+    return max(errors), pictures.item()
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("mode", guidance.MODES)
+@torch.no_grad()
+def test_golden_sampling(full, full_vae, mode):
+    latents, pictures = sampler_errors(*full, full_vae, mode)
+    assert latents < 2e-3 and pictures < 1e-4
+
+
+def autoencoder_errors(vae, case, shape):
+    stored = arrays("vae")
+    posterior = vae.encode(gaussian(f"input/vae_{case}/image", shape, 0.5)).latent_dist
+    found = {"mean": posterior.mean, "logvar": posterior.logvar, "decode_mean": vae.decode(posterior.mean).sample}
+    return {key: (tensor - stored[f"{case}/{key}"]).abs().max().item() for key, tensor in found.items()}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("case", "shape"), [("sq", (1, 3, 64, 64)), ("wide", (1, 3, 64, 96))])
+@torch.no_grad()
+def test_golden_autoencoder(full_vae, case, shape):
+    """The names of `convert` put each tensor where the authors' autoencoder has it."""
+    for quantity, error in autoencoder_errors(full_vae, case, shape).items():
+        assert error < (5e-5 if quantity == "decode_mean" else 3e-5), quantity
+
+
+def test_the_compact_unet_is_the_one_the_recipes_train():
+    """The full profile is not the only one: a guide beside the compact U-Net at its own width, 64 px to 16x16."""
+    unet = build_unet()
+    guide = SemanticGuide.from_unet(unet, 2)
+    assert len(guide.encoder.controlnet_down_blocks) == 6 and len(guide.fusion.down) == 2
+    hint = guide.embed(torch.rand(1, 3, 64, 64))
+    z = torch.randn(1, LATENT_CHANNELS, 16, 16)
+    assert guided_unet(unet, guide, z, 500, torch.randn(1, 32, 128), hint).shape == z.shape
+
+
+def test_schedulers_agree():
+    """The tests' tiny scheduler, the recipes' and the golden files' are one schedule."""
+    stored = arrays("schedule")["alphas_cumprod"]
+    for scheduler in (tiny_scheduler(), build_scheduler()):
+        assert (scheduler.alphas_cumprod - stored).abs().max() < 1e-6
