@@ -22,6 +22,8 @@ PROFILES = {
             "pool": 2,
             "mode": "product",
         },
+        "stein_ssim": {"backbone": "lite-ddpm-synthad"},
+        "diffpath": {"backbone": "lite-ddpm-synthad"},
         "baseline": {"size": 64, "sigma": 1.5, "pool": 2},
     },
     "paper": {
@@ -38,6 +40,8 @@ PROFILES = {
             "pool": 8,
             "mode": "sum",
         },
+        "stein_ssim": {"backbone": "google/ddpm-celebahq-256"},
+        "diffpath": {"backbone": "google/ddpm-celebahq-256"},
         "baseline": {"size": 256, "sigma": 5, "pool": 8},
     },
 }

@@ -1,6 +1,7 @@
 """The methods by name. To add one: a callable in METHODS whose keyword parameters are its options.
 
-A callable that has a parameter `backbone` or `features` gets the loaded model there.
+A callable that has a parameter `backbone` or `features` gets the loaded model there: a `Backbone`, or a `PixelModel`
+for PIXEL_METHODS.
 """
 
 import inspect
@@ -8,15 +9,21 @@ import inspect
 from zsad_lib.backbones import load_backbone, load_features
 from zsad_lib.methods.base import Method, MethodError, Scores
 from zsad_lib.methods.baselines import local_contrast, median, patch_knn
+from zsad_lib.methods.diffpath import DiffPath
 from zsad_lib.methods.divad import DIVAD
+from zsad_lib.methods.stein_ssim import SteinSSIM
+from zsad_lib.pixel_models import load_pixel_model
 
 METHODS = {
     "divad": DIVAD,
     "local_contrast": local_contrast,
     "median": median,
     "patch_knn": patch_knn,
+    "stein_ssim": SteinSSIM,
+    "diffpath": DiffPath,
 }
 
+PIXEL_METHODS = ("stein_ssim", "diffpath")  # their backbone is an unconditional model of pixels; scores, no maps
 BASELINES = ("local_contrast", "median", "patch_knn")  # methods without any model
 # what a control row re-initialises (`make_method`'s random_weights), by what its label gets
 CONTROLS = {"": None, " (random U-Net)": "unet", " (random weights)": "all", " (untrained features)": "features"}
@@ -32,11 +39,11 @@ def method_options(name):
 def make_method(name, backbone=None, features=None, device="auto", random_weights=None, **options):
     """A method ready to score.
 
-    name: one of METHODS; backbone, features: a loaded object, or what `load_backbone` and `load_features`
-    take (a folder, a checkpoint of the manifest, a hub id), loaded to `device`; a method that needs none
-    leaves them aside, so that one call serves all. random_weights is what a control row re-initialises: "unet"
-    or "all" of the backbone, or "features". options: the method's own. MethodError lists the names and options
-    there are; BackboneError when loading fails.
+    name: one of METHODS; backbone, features: a loaded object, or what `load_backbone` (for PIXEL_METHODS
+    `load_pixel_model`) and `load_features` take (a folder, a checkpoint of the manifest, a hub id), loaded to
+    `device`; a method that needs none leaves them aside, so that one call serves all. random_weights is what a
+    control row re-initialises: "unet" or "all" of the backbone, or "features". options: the method's own.
+    MethodError lists the names and options there are; BackboneError when loading fails.
     """
     accepted = _parameters(name)
     unknown = sorted(set(options) - set(accepted))
@@ -50,7 +57,8 @@ def make_method(name, backbone=None, features=None, device="auto", random_weight
     if "backbone" in accepted:
         _require(name, "backbone", backbone)
         if _is_name(backbone):
-            backbone = load_backbone(backbone, device, random_weights=random.get("backbone"))
+            load = load_pixel_model if name in PIXEL_METHODS else load_backbone
+            backbone = load(backbone, device, random_weights=random.get("backbone"))
         options["backbone"] = backbone
     if "features" in accepted:
         _require(name, "features", features)

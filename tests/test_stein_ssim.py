@@ -1,0 +1,293 @@
+"""Stein-score errors with SSIM: parity of SSIM, one pass for every reading, noise of an image's own, invariances."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+from skimage.metrics import structural_similarity
+from test_pixel_models import tiny_pixel_model, tiny_unet
+
+from zsad_lib import scoring
+from zsad_lib.datasets import load_dataset
+from zsad_lib.image_sets import ImageSet, load_image_set
+from zsad_lib.methods import MethodError, diffpath, stein_ssim
+from zsad_lib.methods.base import image_noise
+from zsad_lib.methods.stein_ssim import Reading, SteinSSIM, extract, readings, ssim
+from zsad_lib.pixel_models import PixelModel
+
+
+def images(count=5):
+    return torch.rand(count, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+def names(count=5):
+    return [f"image {k}" for k in range(count)]
+
+
+@pytest.fixture(scope="module")
+def features():
+    return extract(tiny_pixel_model(), images(), names())
+
+
+# --- SSIM
+
+
+def scikit(x, y, data_range):
+    options = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
+    pairs = zip(x.double().numpy(), y.double().numpy(), strict=True)
+    return np.array([structural_similarity(a, b, channel_axis=0, data_range=data_range, **options) for a, b in pairs])
+
+
+@pytest.mark.parametrize(("shape", "data_range"), [((3, 3, 32, 32), 1), ((2, 1, 11, 20), 1), ((2, 3, 40, 17), 255)])
+def test_ssim_is_scikit_images(shape, data_range):
+    x = data_range * torch.rand(shape)
+    pairs = {
+        "unrelated": torch.rand(shape) * data_range,
+        "near": (x + 0.05 * data_range * torch.randn(shape)).clamp(0, data_range),
+        "opposite": data_range - x,
+        "flat": torch.full(shape, 0.7 * data_range),
+    }
+    for name, y in pairs.items():
+        assert np.abs(ssim(x, y, data_range).numpy() - scikit(x, y, data_range)).max() < 1e-9, name
+    flat, other = torch.ones(shape) * 0.2, torch.ones(shape) * 0.9
+    np.testing.assert_allclose(ssim(flat, other), scikit(flat, other, 1), atol=1e-9)
+
+
+def test_ssim_of_equals_is_one_and_symmetric():
+    for x in (torch.rand(2, 3, 16, 16), torch.zeros(2, 3, 16, 16), torch.ones(2, 3, 16, 16)):
+        assert ssim(x, x.clone()).tolist() == [1, 1]
+    x, y = torch.rand(2, 2, 3, 16, 16)
+    torch.testing.assert_close(ssim(x, y), ssim(y, x))
+    assert ssim(x, 1 - x).max() < 0
+    with pytest.raises(ValueError, match=r"SSIM needs images of 11 px or more, not \[10, 16\]"):
+        ssim(x[:, :, :10], y[:, :, :10])
+
+
+# --- the pass
+
+
+def test_denoising_features_are_what_they_say(features):
+    """Written again from the definition, at one timestep, in float64."""
+    model, x, k = tiny_pixel_model(), images(), 4
+    alpha = model.alphas_cumprod[100 * k]
+    noise = image_noise(names(), f"stein_ssim-{100 * k}", 0, (3, 16, 16)).double()
+    noisy = alpha.sqrt() * (2 * x - 1) + (1 - alpha).sqrt() * noise
+    eps = model.predict_noise(noisy.float(), 100 * k).double()
+    error = (noise - eps).square().mean((1, 2, 3))
+    estimate = ((noisy - (1 - alpha).sqrt() * eps) / alpha.sqrt() / 2 + 0.5).clamp(0, 1)
+    np.testing.assert_allclose(features["denoising_noise"][:, k], error, rtol=1e-4)
+    score = (-noise / (1 - alpha).sqrt() + eps / (1 - alpha).sqrt()).square().mean((1, 2, 3))
+    np.testing.assert_allclose(features["denoising_score"][:, k], score, rtol=1e-4)
+    np.testing.assert_allclose(features["denoising_ssim"][:, k], scikit(x, estimate, 1), atol=1e-4)
+
+
+def test_trajectory_features_are_what_they_say(features):
+    model, x = tiny_pixel_model(), images()
+    noise, estimates = diffpath.noise_path(model, 2 * x - 1)
+    change = 10 * noise.double().diff(dim=1)
+    np.testing.assert_allclose(features["trajectory_noise"], change.square().mean((2, 3, 4)), rtol=1e-3)
+    score = -noise.double() / (1 - model.alphas_cumprod[::100]).sqrt().view(-1, 1, 1, 1)
+    expected = (10 * score.diff(dim=1)).square().mean((2, 3, 4))
+    np.testing.assert_allclose(features["trajectory_score"], expected, rtol=1e-3)
+    later = (estimates[:, 3] / 2 + 0.5).clamp(0, 1)
+    np.testing.assert_allclose(features["trajectory_ssim"][:, 2], scikit(x, later, 1), atol=1e-4)
+    statistics = diffpath.path_statistics(features["noise_powers"], features["change_powers"])
+    np.testing.assert_allclose(statistics, diffpath.path_statistics(*diffpath.path_powers(noise)), rtol=1e-3, atol=1e-2)
+    np.testing.assert_allclose(features["change_powers"][..., 1] / (3 * 16 * 16), features["trajectory_noise"])
+
+
+def test_one_pass_serves_every_reading():
+    model = PixelModel(tiny_unet(), tiny_pixel_model().scheduler, "counted")
+    found = extract(model, images(), names())
+    assert model.evaluations == 5 * 20
+    assert found["denoising_noise"].shape == (5, 10) and found["trajectory_ssim"].shape == (5, 9)
+    for reading in readings(decision="sum"):
+        assert reading.scores(found).shape == (5,)
+    assert model.evaluations == 5 * 20
+    half = extract(model, images(), names(), errors=("denoising",))
+    assert model.evaluations == 5 * 30 and "trajectory_ssim" not in half
+    with pytest.raises(MethodError, match=r"these features lack the error 'trajectory': extract them with errors="):
+        Reading("trajectory").scores(half)
+
+
+def test_an_image_has_its_own_noise():
+    """The features of an image depend on its id and the seed: not on its batch, its place, or other steps."""
+    x, model = images(), tiny_pixel_model()
+    whole = extract(model, x, names())
+    turned = extract(model, x.flip(0), names()[::-1], batch_size=2)
+    for key in whole.keys() - {"ids", "settings"}:
+        np.testing.assert_allclose(turned[key][::-1], whole[key], rtol=1e-3, atol=1e-3, err_msg=key)
+    fewer = extract(model, x, names(), steps=5, errors=("denoising",))
+    np.testing.assert_allclose(fewer["denoising_noise"], whole["denoising_noise"][:, ::2], rtol=1e-4)
+    for other in (extract(model, x, names(), seed=1), extract(model, x, [f"other {k}" for k in range(5)])):
+        assert np.abs(other["denoising_noise"] - whole["denoising_noise"]).max() > 1e-3
+        np.testing.assert_array_equal(other["trajectory_noise"], whole["trajectory_noise"])
+
+
+def test_constant_and_grey_images_give_finite_scores():
+    normal = load_image_set("synthad", "train", 24, size=16)
+    reference = extract(tiny_pixel_model(), normal.images, normal.ids)
+    odd = [torch.zeros(1, 3, 16, 16), torch.ones(1, 3, 16, 16), torch.full((1, 1, 16, 16), 0.5), images(1)[:, :1]]
+    found = [extract(tiny_pixel_model(), x, names(1)) for x in odd]
+    for reading in (*readings(density="kde"), Reading(decision="typicality")):
+        density = reading.fit(reference) if reading.decision == "typicality" else None
+        assert all(np.isfinite(reading.scores(features, density)).all() for features in found), reading
+
+
+def test_inputs_that_do_not_fit():
+    with pytest.raises(ValueError, match="5 images came with 4 ids"):
+        extract(tiny_pixel_model(), images(), names(4))
+    with pytest.raises(ValueError, match=r"tiny takes images \[B,3,16,16\]"):
+        extract(tiny_pixel_model(), torch.rand(1, 3, 32, 32), names(1))
+    with pytest.raises(MethodError, match=r"error 'noise' is unknown; use one of \['denoising', 'trajectory'\]"):
+        extract(tiny_pixel_model(), images(), names(), errors=("noise",))
+
+
+# --- on disk
+
+
+def test_features_survive_the_disk(features, tmp_path):
+    stein_ssim.save_features(tmp_path / "deeper/features.npz", features)
+    again = stein_ssim.load_features(tmp_path / "deeper/features.npz")
+    assert again.keys() == features.keys()
+    assert all(np.array_equal(again[key], features[key]) for key in features)
+
+
+def test_an_interrupted_write_leaves_what_was_there(features, tmp_path, monkeypatch):
+    path = tmp_path / "features.npz"
+    stein_ssim.save_features(path, features)
+    monkeypatch.setattr(os, "replace", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        stein_ssim.save_features(path, {"ids": features["ids"][:1]})
+    assert stein_ssim.load_features(path).keys() == features.keys()
+
+
+def test_features_are_made_once(tmp_path):
+    model = PixelModel(tiny_unet(), tiny_pixel_model().scheduler, "counted")
+    some, path = ImageSet("mine", "test", images(3), tuple(names(3))), tmp_path / "mine.npz"
+    first = stein_ssim.features_of(path, model, some, errors=("denoising",))
+    again = stein_ssim.features_of(path, model, some, errors=["denoising"], batch_size=1)
+    assert model.evaluations == 30 and np.array_equal(first["denoising_noise"], again["denoising_noise"])
+    fewer = ImageSet("mine", "test", some.images[:2], some.ids[:2])
+    for other in ({"image_set": some, "seed": 3}, {"image_set": some, "steps": 5}, {"image_set": fewer}):
+        options = {"errors": ("denoising",)} | other
+        with pytest.raises(MethodError, match="mine.npz holds features of other images or settings: delete it"):
+            stein_ssim.features_of(path, model, **options)
+    with pytest.raises(MethodError, match="holds features of other images or settings"):
+        stein_ssim.features_of(path, tiny_pixel_model(), some, errors=("denoising",))
+
+
+# --- readings
+
+
+def made_up(error, similarity):
+    return {"denoising_noise": np.array(error), "denoising_ssim": np.array(similarity)}
+
+
+def test_amplifications():
+    found = made_up([[2.0, 3.0], [2.0, 3.0]], [[1.0, 1.0], [0.5, -0.2]])
+    assert Reading(amplification="product").scores(found).tolist() == [0, pytest.approx(1 + 3.6)]
+    assert Reading(amplification="none").scores(found).tolist() == [5, 5]
+    assert Reading(amplification="ratio", delta=0.1).scores(found).tolist() == [5, pytest.approx(4 + 30)]
+    joint = Reading(amplification="joint", decision="typicality").values(found)
+    assert joint.tolist() == [[2, 3, 1, 1], [2, 3, 0.5, -0.2]]
+
+
+def test_scale(features):
+    noise, score = (Reading(amplification="none", scale=scale).values(features) for scale in stein_ssim.SCALES)
+    np.testing.assert_allclose(score * (1 - tiny_pixel_model().alphas_cumprod[::100]).numpy(), noise)
+
+
+def test_readings_are_all_the_combinations():
+    every = readings()
+    assert len(set(every)) == len(every) == 2 * 2 * 3 + 2 * 2 * 4 * 2  # sums without joint, two densities of each other
+    assert len(readings(error="denoising", scale="noise", density="kde")) == 3 + 4
+    assert readings(decision="sum", error="trajectory", scale="noise", amplification="none") == [
+        Reading("trajectory", "none", "sum", "noise")
+    ]
+
+
+@pytest.mark.parametrize("density", stein_ssim.DENSITIES)
+@pytest.mark.parametrize("amplification", stein_ssim.AMPLIFICATIONS)
+def test_typicality_finds_both_sides(density, amplification):
+    """Errors below the usual are as untypical as errors above, which no sum can see."""
+    rng = np.random.default_rng(0)
+    usual = made_up(rng.normal(5, 0.1, (80, 3)), rng.normal(0.5, 0.01, (80, 3)))
+    odd = made_up([[5.0] * 3, [3.0] * 3, [7.0] * 3], [[0.5] * 3] * 3)
+    reading = Reading(amplification=amplification, decision="typicality", density=density)
+    fine, low, high = reading.scores(odd, reading.fit(usual))
+    assert min(low, high) > fine + 10
+    if amplification != "joint":
+        low, fine, high = np.sort(Reading(amplification=amplification).scores(odd))
+        assert low < fine < high
+
+
+def test_wrong_names_list_what_exists():
+    for field, known in (
+        ("error", stein_ssim.ERRORS),
+        ("amplification", stein_ssim.AMPLIFICATIONS),
+        ("decision", stein_ssim.DECISIONS),
+        ("scale", stein_ssim.SCALES),
+        ("density", stein_ssim.DENSITIES),
+    ):
+        with pytest.raises(MethodError) as error:
+            Reading(**{field: "nothing"})
+        assert str(error.value) == f"{field} 'nothing' is unknown; use one of {list(known)}"
+    with pytest.raises(MethodError, match="delta must be above 0"):
+        Reading(delta=0)
+    with pytest.raises(MethodError, match="'joint' has no sum"):
+        Reading(amplification="joint")
+    with pytest.raises(MethodError, match="'typicality' needs the density of normal images"):
+        Reading(decision="typicality").scores(made_up([[1.0]], [[1.0]]))
+
+
+# --- the method
+
+
+@pytest.mark.parametrize(
+    "reading", readings(scale="noise", density="kde"), ids=lambda r: "-".join(map(str, r.__dict__.values()))
+)
+def test_method_gives_the_readings_scores(reading):
+    x, model = images(), tiny_pixel_model()
+    normal = load_image_set("synthad", "train", 12, size=16)
+    density = reading.fit(extract(model, normal.images, normal.ids)) if reading.decision == "typicality" else None
+    method = SteinSSIM(model, reference=normal if density else None, **reading.__dict__)
+    scores = method.score(x, names(), names())
+    np.testing.assert_allclose(scores.image, reading.scores(extract(model, x, names()), density), rtol=1e-4)
+    assert scores.map is None and scores.image.dtype == torch.float32
+    assert scores.details["evaluations"].tolist() == [10] * 5
+
+
+def test_method_config_holds_what_changes_the_scores():
+    model = tiny_pixel_model()
+    normal = load_image_set("noise", "train", 5, size=16)
+    changes = ({}, {"error": "trajectory"}, {"amplification": "none"}, {"scale": "score"}, {"steps": 5}, {"seed": 1})
+    changes += ({"clip": False}, {"delta": 0.1}, {"decision": "typicality", "reference": normal})
+    changes += ({"decision": "typicality", "reference": normal, "density": "kde"},)
+    configs = [json.dumps(SteinSSIM(model, **change).config) for change in changes]
+    assert len(set(configs)) == len(changes)
+    with pytest.raises(MethodError, match="'typicality' needs reference="):
+        SteinSSIM(model, decision="typicality")
+    with pytest.raises(MethodError, match="'sum' takes none"):
+        SteinSSIM(model, reference=normal)
+    small = PixelModel(tiny_unet(sample_size=8), model.scheduler, "small")
+    with pytest.raises(MethodError, match="SSIM needs images above 10 px; small is for 8 px"):
+        SteinSSIM(small)
+
+
+def test_scoring_a_dataset(tmp_path):
+    """The scoring engine takes the method as it takes DIVAD: no maps, the seed and the model in the header."""
+    from PIL import Image
+
+    for k in range(3):
+        pixels = np.random.default_rng(k).integers(0, 256, (20, 20, 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{k}.png")
+    dataset = load_dataset("folder", tmp_path)
+    results = scoring.score(dataset, SteinSSIM(tiny_pixel_model(), seed=4), tmp_path / "runs", progress=False)
+    assert results.maps is None and results.run["seed"] == 4 and results.frame["evaluations"].tolist() == [10] * 3
+    alone = scoring.score(
+        dataset, SteinSSIM(tiny_pixel_model(), seed=4), tmp_path / "one", batch_size=1, progress=False
+    )
+    np.testing.assert_allclose(alone.frame["pred_score"], results.frame["pred_score"], rtol=1e-4)
