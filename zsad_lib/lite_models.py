@@ -12,12 +12,13 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 import torch
-from diffusers import DDIMPipeline, DDPMPipeline
+from diffusers import DDIMPipeline, DDIMScheduler
 
 from zsad_lib import captions, ddim, manifest, plots, scoring, synthad
-from zsad_lib.backbones import fetch, load_backbone, load_features, locate
+from zsad_lib.backbones import load_backbone, load_features
 from zsad_lib.datasets import DatasetError, data_folder, load_dataset, load_images
 from zsad_lib.methods import BASELINES, CONTROLS, make_method
+from zsad_lib.pixel_models import load_pixel_model
 from zsad_lib.profiles import PROFILES, profile_options
 from zsad_lib.training import photograph_crops, read_log
 
@@ -147,7 +148,9 @@ def loading_table() -> pd.DataFrame:
     return pd.DataFrame(rows).T
 
 
-def detection(test: str, dataset: str = "synthad", root=None, controls=CONTROLS, features=None, runs="runs") -> dict:
+def detection(
+    test: str, dataset: str = "synthad", root=None, controls=CONTROLS, features=None, runs="runs", progress=True
+) -> dict:
     """{label: Results} of DIVAD with the models of TESTS[test], its controls and the baselines, in run folders.
 
     dataset: "synthad" (the groups of the test), or another one, whole. features: in place of the test's own.
@@ -162,13 +165,8 @@ def detection(test: str, dataset: str = "synthad", root=None, controls=CONTROLS,
     for name, suffix, random in plan + [(name, "", None) for name in BASELINES]:
         models = {"backbone": backbone, "features": features} | (start if name == "divad" else {})
         method = make_method(name, random_weights=random, **profile_options("lite", name) | models)
-        results[name + suffix] = scoring.score(images, method, runs, PROFILES["lite"]["batch_size"])
+        results[name + suffix] = scoring.score(images, method, runs, PROFILES["lite"]["batch_size"], progress)
     return results
-
-
-def load_pixel_model(name_or_path, kind=DDPMPipeline):
-    """Read an unconditional pipeline (a folder, a checkpoint of data_manifest.yaml, a hub id) to sample by ``kind``."""
-    return fetch(locate(name_or_path, ("model_index.json",), "DDPMPipeline"), None, kind.from_pretrained)
 
 
 @torch.inference_mode()
@@ -179,11 +177,10 @@ def noise_errors(images: torch.Tensor, timesteps=(50, 200, 500), names=PIXEL_MOD
     """
     noise, rows = torch.randn(images.shape, generator=torch.Generator().manual_seed(0)), {}
     for name in names:
-        pipeline = load_pixel_model(name)
-        rows[name] = {}
+        model, rows[name] = load_pixel_model(name, "cpu"), {}
         for t in timesteps:
-            noisy = ddim.add_noise(2 * images - 1, noise, pipeline.scheduler.alphas_cumprod[t])
-            error = (pipeline.unet(noisy, t).sample - noise).square().mean((1, 2, 3))
+            noisy = ddim.add_noise(model.to_pixels(images), noise, model.alphas_cumprod[t].item())
+            error = (model.predict_noise(noisy, t) - noise).square().mean((1, 2, 3))
             rows[name][f"t = {t}"] = interval(1000 * error)
     return pd.DataFrame(rows).T.rename_axis("noise error")
 
@@ -210,8 +207,9 @@ def reconstruction_figure():
 
 
 def pixel_samples_figure(name: str, count: int = 12, steps: int = 50, seed: int = 0):
-    """What an unconditional pixel model draws, by DDIM."""
-    pipeline = load_pixel_model(name, DDIMPipeline)
+    """What an unconditional pixel model draws, by DDIM with clipped estimates."""
+    model = load_pixel_model(name, "cpu")
+    pipeline = DDIMPipeline(model.unet, DDIMScheduler.from_config(model.scheduler.config))
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(seed)
     drawn = pipeline(count, generator, num_inference_steps=steps, output_type="np").images
