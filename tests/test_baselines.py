@@ -177,6 +177,8 @@ def test_registry():
         make_method("divad", features="pixels")
     with pytest.raises(MethodError, match="'divad' needs features="):
         make_method("divad", backbone=tiny_backbone())
+    with pytest.raises(MethodError, match="random_weights needs a method with features"):
+        make_method("divad", backbone="nowhere", features=lambda images: [images], random_weights="features")
     with pytest.raises(MethodError, match="random_weights needs a method with a backbone"):
         make_method("median", random_weights="all")
     with pytest.raises(MethodError, match="random_weights needs .* given as a name"):

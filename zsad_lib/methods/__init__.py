@@ -52,7 +52,8 @@ def make_method(name, backbone=None, features=None, device="auto", random_weight
         raise MethodError(f"method {name!r} has no option {', '.join(unknown)}; it has: {known}")
     part = "features" if random_weights == "features" else "backbone"
     if random_weights and (part not in accepted or not _is_name({"backbone": backbone, "features": features}[part])):
-        raise MethodError(f"random_weights needs a method with {part}, given as a name or a folder")
+        needed = {"backbone": "a backbone", "features": "features"}[part]
+        raise MethodError(f"random_weights needs a method with {needed}, given as a name or a folder")
     random = {part: random_weights}
     if "backbone" in accepted:
         _require(name, "backbone", backbone)
