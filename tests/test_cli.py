@@ -74,7 +74,19 @@ def runs(out="runs"):
     return [json.loads(path.read_text()) for path in sorted(Path(out).glob("*/run.json"))]
 
 
-COMMANDS = ["", "data", "data make", "data list", "data check", "train", "measure", "score", "evaluate", "report"]
+COMMANDS = [
+    "",
+    "data",
+    "data make",
+    "data list",
+    "data check",
+    "train",
+    "measure",
+    "score",
+    "evaluate",
+    "ood",
+    "report",
+]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -296,3 +308,27 @@ def test_divad_on_a_tiny_stable_diffusion(tmp_path, monkeypatch):
     }
     assert len(maps) == 2 and not np.allclose(maps["tiny_sd"], maps["tiny_sd (random U-Net)"])
     assert "divad, tiny_sd (random U-Net)" in invoke("evaluate", "--bootstrap", 10)
+
+
+def test_ood_prints_and_keeps_both_tables(tmp_path, monkeypatch):
+    from diffusers import DDPMPipeline
+    from test_pixel_models import tiny_schedule, tiny_unet
+
+    from zsad_lib import ood
+    from zsad_lib.methods.stein_ssim import Reading
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ood, "all_readings", lambda _: {ood.label(r): r for r in (Reading(), ood.PathReading("1d"))})
+    DDPMPipeline(tiny_unet(), tiny_schedule()).save_pretrained("tiny")
+    words = ["ood", "--base", "tiny", "--in", "digits", "--out-set", "noise", "--out-set", "magnetic_tile"]
+    words += ["--train", 8, "--test", 5, "--bootstrap", 10, "--device", "cpu", "--out", "here"]
+    text = invoke(*words)
+    assert (
+        text.startswith(f"{ood.label(Reading())}: AUROC") and "left out, no such folder at hand: magnetic_tile" in text
+    )
+    assert "tiny (random U-Net)" in text and "DiffPath-1D" in text and "[" in text
+    numbers = Path("here/aurocs.csv").read_text().splitlines()
+    assert numbers[0].startswith("base,in,out,reading,evaluations,value") and len(numbers) == 1 + 2 * 2 * 2
+    assert "| tiny | digits |" in " ".join(Path("here/matrix.md").read_text().split())
+    assert "(random U-Net)" not in invoke(*words, "--no-control", "--reading", "DiffPath-1D")
+    assert "no reading 'none'" in invoke(*words, "--reading", "none", code=2)

@@ -263,18 +263,27 @@ def test_method_gives_the_readings_scores(reading):
 def test_method_config_holds_what_changes_the_scores():
     model = tiny_pixel_model()
     normal = load_image_set("noise", "train", 5, size=16)
-    changes = ({}, {"error": "trajectory"}, {"amplification": "none"}, {"scale": "score"}, {"steps": 5}, {"seed": 1})
+    changes = ({}, {"error": "trajectory"}, {"amplification": "none"}, {"scale": "noise"}, {"steps": 5}, {"seed": 1})
     changes += ({"clip": False}, {"delta": 0.1}, {"decision": "typicality", "reference": normal})
-    changes += ({"decision": "typicality", "reference": normal, "density": "kde"},)
+    changes += ({"decision": "typicality", "reference": normal, "density": "gmm"},)
     configs = [json.dumps(SteinSSIM(model, **change).config) for change in changes]
     assert len(set(configs)) == len(changes)
     with pytest.raises(MethodError, match="'typicality' needs reference="):
         SteinSSIM(model, decision="typicality")
     with pytest.raises(MethodError, match="'sum' takes none"):
-        SteinSSIM(model, reference=normal)
+        SteinSSIM(model, decision="sum", reference=normal)
     small = PixelModel(tiny_unet(sample_size=8), model.scheduler, "small")
     with pytest.raises(MethodError, match="SSIM needs images above 10 px; small is for 8 px"):
         SteinSSIM(small)
+
+
+def test_what_is_not_given_follows_from_the_reference():
+    model, normal = tiny_pixel_model(), load_image_set("noise", "train", 5, size=16)
+    assert SteinSSIM(model).reading == stein_ssim.DEFAULTS["sum"]
+    assert SteinSSIM(model, reference=normal).reading == stein_ssim.DEFAULTS["typicality"]
+    changed = SteinSSIM(model, reference=normal, error="denoising", density="gmm").reading
+    assert (changed.error, changed.density, changed.decision) == ("denoising", "gmm", "typicality")
+    assert changed.amplification == stein_ssim.DEFAULTS["typicality"].amplification
 
 
 def test_scoring_a_dataset(tmp_path):

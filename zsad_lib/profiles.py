@@ -22,7 +22,7 @@ PROFILES = {
             "pool": 2,
             "mode": "product",
         },
-        "stein_ssim": {"backbone": "lite-ddpm-synthad"},
+        "stein_ssim": {"backbone": "lite-ddpm-synthad", "reference": "synthad"},
         "diffpath": {"backbone": "lite-ddpm-synthad"},
         "baseline": {"size": 64, "sigma": 1.5, "pool": 2},
     },

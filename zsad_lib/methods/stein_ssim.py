@@ -9,7 +9,7 @@ product, which decision: those are named here (`Reading`), and all of them follo
 import io
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
 
@@ -237,12 +237,19 @@ def _require(what, name, known):
         raise MethodError(f"{what} {name!r} is unknown; use one of {list(known)}")
 
 
+DEFAULTS = {  # by decision: the best of what the abstract allows in the mean over two bases and two sets (`zsad ood`)
+    "sum": Reading("denoising", "product", "sum", "score"),
+    "typicality": Reading("trajectory", "none", "typicality", "score", "kde"),
+}
+
+
 class SteinSSIM:
     """Method "stein_ssim": one reading as a method, image scores without maps.
 
     backbone: a `PixelModel`; error, amplification, decision, scale, density, delta: see `Reading`; steps, clip, seed:
     see `extract`. reference: normal images for the decision "typicality", an `ImageSet` or the name of one, whose
-    training split (`count` images) is fitted on the first use. "sum" takes none.
+    training split (`count` images) is fitted on the first use. "sum" takes none. What is None follows: the decision
+    from whether there is a reference, the rest from DEFAULTS of that decision.
     """
 
     name = "stein_ssim"
@@ -250,11 +257,11 @@ class SteinSSIM:
     def __init__(
         self,
         backbone,
-        error="denoising",
-        amplification="product",
-        decision="sum",
-        scale="noise",
-        density="gmm",
+        error=None,
+        amplification=None,
+        decision=None,
+        scale=None,
+        density=None,
         delta=0.01,
         steps=10,
         clip=True,
@@ -262,7 +269,11 @@ class SteinSSIM:
         count=500,
         seed=0,
     ):
-        self.reading = Reading(error, amplification, decision, scale, density, delta)
+        decision = decision or ("sum" if reference is None else "typicality")
+        _require("decision", decision, DECISIONS)
+        given = {"error": error, "amplification": amplification, "scale": scale, "density": density}
+        given = {key: value for key, value in given.items() if value is not None}
+        self.reading = replace(DEFAULTS[decision], delta=delta, **given)
         if (decision == "typicality") != (reference is not None):
             raise MethodError("decision 'typicality' needs reference=, an image set of normal images; 'sum' takes none")
         ddim_timesteps(steps, len(backbone.alphas_cumprod))
@@ -271,7 +282,7 @@ class SteinSSIM:
                 f"SSIM needs images above {2 * RADIUS} px; {backbone.name} is for {backbone.image_size} px"
             )
         self.backbone, self.size, self.reference = backbone, backbone.image_size, reference
-        self.options = {"steps": steps, "seed": seed, "errors": (error,), "clip": clip}
+        self.options = {"steps": steps, "seed": seed, "errors": (self.reading.error,), "clip": clip}
         self.config = {
             "method": self.name,
             "backbone": backbone.config,

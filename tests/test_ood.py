@@ -1,0 +1,134 @@
+"""zsad_lib.ood: the matrix holds the readings' own AUROCs, nothing is scored twice, the choice follows the numbers."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from test_pixel_models import tiny_schedule, tiny_unet
+
+from zsad_lib import metrics, ood
+from zsad_lib.datasets import DatasetError
+from zsad_lib.image_sets import load_image_set
+from zsad_lib.methods import diffpath, stein_ssim
+from zsad_lib.methods.stein_ssim import Reading
+from zsad_lib.pixel_models import load_pixel_model
+
+KDE = Reading("trajectory", "joint", "typicality", "score", "kde")
+SUM = Reading()
+READINGS = {ood.label(r): r for r in (KDE, SUM, ood.PathReading("1d"))}
+SMALL = {"ins": ("synthad-a", "digits"), "outs": ("synthad", "synthad-b", "digits", "noise"), "train": 12, "test": 6}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    from diffusers import DDPMPipeline
+
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    DDPMPipeline(tiny_unet(), tiny_schedule()).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def collected(base, tmp_path_factory):
+    model, runs = load_pixel_model(base, "cpu"), tmp_path_factory.mktemp("runs")
+    train = ood.collect(model, ["synthad-a", "digits"], "train", 12, runs)
+    return train, ood.collect(model, ["synthad", "synthad-a", "synthad-b", "digits", "noise"], "test", 6, runs)
+
+
+def test_values_are_the_readings_own(collected):
+    """Written again: fit on the training split alone, AUROC of the test splits, the mean over the other sets."""
+    train, test = collected
+    frame = ood.measure(train, test, READINGS, SMALL["outs"], n_bootstrap=50)
+    for title, reading in READINGS.items():
+        density = None if reading is SUM else reading.fit(train["digits"])
+        values = []
+        for out in ("synthad", "synthad-b", "noise"):
+            scores = [reading.scores(test[name], density) for name in ("digits", out)]
+            values.append(metrics.auroc([0] * 6 + [1] * 6, np.concatenate(scores).astype(float)))
+        rows = frame[(frame.reading == title) & (frame["in"] == "digits")].set_index("out")
+        np.testing.assert_allclose(rows.value[["synthad", "synthad-b", "noise", "mean"]], [*values, np.mean(values)])
+        assert (rows.low <= rows.value).all() and (rows.value <= rows.high).all() and (rows.evaluations == 10).all()
+        assert rows.n_in.tolist() == [6] * 4 and rows.n_out["noise"] == 6
+    assert (frame.low < frame.high).any(), "the intervals have no width"
+
+
+def test_no_set_stands_against_itself_or_its_own_part(collected):
+    frame = ood.measure(*collected, READINGS, SMALL["outs"], n_bootstrap=0)
+    pairs = set(zip(frame["in"], frame.out, strict=True))
+    assert {out for name, out in pairs if name == "synthad-a"} == {"synthad-b", "digits", "noise", "mean"}
+    assert ("digits", "synthad") in pairs and ("digits", "digits") not in pairs
+
+
+def test_chosen_timesteps_are_all_that_is_left(collected):
+    features = collected[1]["noise"]
+    part = ood.at_steps(features, [0, 4, 9])
+    np.testing.assert_array_equal(part["denoising_ssim"], features["denoising_ssim"][:, [0, 4, 9]])
+    np.testing.assert_array_equal(part["trajectory_score"], features["trajectory_score"][:, [0, 4]])
+    assert part["noise_powers"].shape == (6, 3, 3) and part["ids"].tolist() == features["ids"].tolist()
+
+
+def test_path_reading_is_diffpath(base, collected):
+    model, images = load_pixel_model(base, "cpu"), load_image_set("noise", "test", 6, size=16)
+    method = diffpath.DiffPath(model, "1d", reference=load_image_set("digits", "train", 12, size=16))
+    reading, (train, test) = ood.PathReading("1d"), collected
+    scores = reading.scores(test["noise"], reading.fit(train["digits"]))
+    np.testing.assert_allclose(scores, method.score(images.images, images.ids, images.ids).image, rtol=1e-4)
+
+
+def test_left_out_readings_give_the_scores_of_a_kept_one(collected):
+    train, test = collected
+    kept, labels = ood.distinct_readings(density="kde"), [ood.label(r) for r in ood.distinct_readings()]
+    assert len(set(labels)) == len(labels)
+    dropped = [r for r in stein_ssim.readings(density="kde") if r not in kept]
+    assert len(dropped) == 4
+    for reading in dropped:
+        twin = next(r for r in kept if r == Reading(**{**reading.__dict__, "scale": "noise"}))
+        one, other = (r.scores(test["noise"], r.fit(train["digits"])) for r in (reading, twin))
+        np.testing.assert_allclose(one, other, rtol=1e-4)
+
+
+def test_authors_mixtures_need_enough_reference_images():
+    assert "DiffPath-6D" in ood.all_readings(112) and "DiffPath-6D" not in ood.all_readings(111)
+    assert {"DiffPath-1D", "DiffPath-6D (small mixtures)"} <= set(ood.all_readings(20))
+
+
+def test_study_has_the_control_and_goes_on_from_kept_features(base, tmp_path, monkeypatch):
+    options = {"bases": [base], "readings": READINGS, "n_bootstrap": 0, "runs": tmp_path, "device": "cpu", **SMALL}
+    monkeypatch.setenv("ZSAD_DATA", str(tmp_path / "nothing"))
+    first = ood.study(**options | {"outs": (*SMALL["outs"], "magnetic_tile")})
+    assert list(first.base.unique()) == ["tiny", "tiny" + ood.CONTROL] and first.attrs["left_out"] == ["magnetic_tile"]
+    by_base = ood.matrix(first, ood.label(KDE), cells=False)["mean"].unstack("in")
+    assert not np.allclose(*by_base.to_numpy()), "the control has the weights of the model"
+    monkeypatch.setattr(stein_ssim, "extract", lambda *_, **__: pytest.fail("scored again"))
+    pd.testing.assert_frame_equal(ood.study(**options), first)
+    with pytest.raises(DatasetError, match="no pair of different sets"):
+        ood.study(**options | {"ins": ["digits"], "outs": ["digits", "cifar10"]})
+
+
+def made_up(values):
+    """A frame of `study` with the mean of each (base, in, reading) given in percent."""
+    rows = [
+        (base, name, out, reading, 10, value / 100, value / 100 - 0.01, 1, 5, 5)
+        for (base, name, reading), value in values.items()
+        for out in ("digits", "mean")
+    ]
+    return pd.DataFrame(rows, columns=ood.COLUMNS)
+
+
+def test_choice_counts_trained_bases_and_the_choosing_sets_alike():
+    frame = made_up(
+        {
+            ("a", "synthad", "good"): 90, ("b", "synthad", "good"): 70, ("a", "photographs", "good"): 10,
+            ("a", "synthad", "fair"): 79, ("b", "synthad", "fair"): 79, ("a", "photographs", "fair"): 99,
+            ("a", "synthad", "DiffPath-6D"): 99, ("b", "synthad", "DiffPath-6D"): 99,
+            ("a", "synthad", "x and SSIM"): 95, ("b", "synthad", "x and SSIM"): 95,
+            ("a" + ood.CONTROL, "synthad", "good"): 0, ("a" + ood.CONTROL, "synthad", "fair"): 99,
+        }
+    )  # fmt: skip
+    assert ood.ranking(frame).round(6).to_dict() == {"DiffPath-6D": 99, "x and SSIM": 95, "good": 80, "fair": 79}
+    assert ood.best_allowed(frame) == "good"
+    table = ood.compare(frame)
+    assert list(table.index) == ["DiffPath-6D", "x and SSIM", "good", "fair"]
+    assert table.loc["good", "b: synthad"] == "70.0 [69.0, 100.0]" and table.loc["good", "chosen on"] == "80.0"
+    assert ood.matrix(frame, "good").loc[("a", "photographs"), "digits"] == "10.0 [9.0, 100.0]"
+    with pytest.raises(ValueError, match="no reading 'bad'; there are: good; fair"):
+        ood.matrix(frame, "bad")
