@@ -9,6 +9,7 @@ from test_backbones import tiny_backbone, tiny_scheduler
 from test_guidance import tiny_guided
 
 from zsad_lib import noise_errors, weighting
+from zsad_lib.backbones import EXTENSIONS, BackboneError, extend_schedule
 from zsad_lib.methods import MethodError
 from zsad_lib.methods.base import image_noise
 from zsad_lib.noise_errors import measure
@@ -203,9 +204,9 @@ def test_timestep_grid():
 def test_more_timesteps_rebuilt():
     """The formula in T steps: Stable Diffusion's β, by numpy; the ends stay, the levels between move."""
     scheduler = tiny_scheduler()
-    assert torch.equal(noise_errors.extend_schedule(scheduler, 1000).alphas_cumprod, scheduler.alphas_cumprod)
+    assert torch.equal(extend_schedule(scheduler, 1000).alphas_cumprod, scheduler.alphas_cumprod)
     for T in (1400, 500):
-        longer = noise_errors.extend_schedule(scheduler, T)
+        longer = extend_schedule(scheduler, T)
         expected = np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, T) ** 2)
         assert np.allclose(longer.alphas_cumprod.numpy(), expected, rtol=1e-4)
         assert longer.config.steps_offset == 1 and longer.config.prediction_type == "epsilon"
@@ -215,19 +216,19 @@ def test_more_timesteps_rebuilt():
 def test_more_timesteps_continued():
     """The first thousand levels stay; after them √β goes on in a straight line. Fewer: the beginning."""
     scheduler = tiny_scheduler()
-    longer = noise_errors.extend_schedule(scheduler, 1400, "continued")
+    longer = extend_schedule(scheduler, 1400, "continued")
     assert torch.allclose(longer.alphas_cumprod[:1000], scheduler.alphas_cumprod, rtol=1e-5)
     assert longer.betas.sqrt().diff().sub(longer.betas.sqrt().diff()[0]).abs().max() < 1e-5
     assert len(longer.alphas_cumprod) == 1400 and longer.alphas_cumprod[-1] < 0.1 * scheduler.alphas_cumprod[-1]
-    shorter = noise_errors.extend_schedule(scheduler, 300, "continued")
+    shorter = extend_schedule(scheduler, 300, "continued")
     assert torch.allclose(shorter.alphas_cumprod, scheduler.alphas_cumprod[:300], rtol=1e-5)
 
 
-@pytest.mark.parametrize("reading", noise_errors.EXTENSIONS)
+@pytest.mark.parametrize("reading", EXTENSIONS)
 def test_measuring_with_more_timesteps(reading):
     """T = 1400 as DZAD prints: the backbone, v-prediction included, takes it from its scheduler."""
     original, _, latents = plain_case(prediction_type="v_prediction")
-    backbone = replace(original, scheduler=noise_errors.extend_schedule(original.scheduler, 1400, reading))
+    backbone = replace(original, scheduler=extend_schedule(original.scheduler, 1400, reading))
     with torch.no_grad():
         cond = backbone.embed(["", "", ""])
     found = measure(
@@ -248,14 +249,14 @@ def test_measuring_with_more_timesteps(reading):
     ("call", "message"),
     [
         (lambda: noise_errors.timestep_grid(10, 4, 3), "4 stages of 3 timesteps: n_steps must be 1 to 10"),
-        (lambda: noise_errors.extend_schedule(tiny_scheduler(), 1400, "padded"), "'padded' is unknown; .*'continued'"),
-        (lambda: noise_errors.extend_schedule(tiny_scheduler(), 1), "at least 2 timesteps, not 1"),
-        (lambda: noise_errors.extend_schedule(tiny_scheduler(trained_betas=[0.1] * 5), 9), "only 'continued'"),
+        (lambda: extend_schedule(tiny_scheduler(), 1400, "padded"), "'padded' is unknown; .*'continued'"),
+        (lambda: extend_schedule(tiny_scheduler(), 1), "at least 2 timesteps, not 1"),
+        (lambda: extend_schedule(tiny_scheduler(trained_betas=[0.1] * 5), 9), "only 'continued'"),
         (lambda: measure(None, torch.zeros(2, 4, 8, 8), ["a"], [0.5] * 9), "2 latents need as many ids"),
         (lambda: measure(None, torch.zeros(2, 4, 8, 8), ["a", "a"], [0.5] * 9), "all different"),
         (lambda: measure(None, torch.zeros(1, 4, 8, 8), ["a"], [0.5] * 9, seeds=()), "at least one seed"),
     ],
 )
 def test_errors(call, message):
-    with pytest.raises(MethodError, match=message):
+    with pytest.raises((MethodError, BackboneError), match=message):
         call()

@@ -18,7 +18,7 @@ FLOORS = [
     ["datasets", "backbones", "pixel_models", "image_sets", "maps", "ddim", "guidance", "convert"],
     ["methods", "noise_errors"],
     ["profiles", "training", "scoring", "captions", "ood"],
-    ["recipes", "plots", "widgets"],
+    ["guided_training", "recipes", "plots", "widgets"],
     ["lite_models", "report", "cli"],
 ]
 PACKAGE = ROOT / "zsad_lib"

@@ -34,6 +34,9 @@ FEATURE_SIZES = {"dino_vits8": 256, "resnet50": 256}  # DIVAD's input, larger th
 RANDOM_SEED = 0  # of the re-initialised control models
 
 
+EXTENSIONS = ("rebuilt", "continued")  # readings of a schedule of another length
+
+
 class BackboneError(ValueError):
     """A model cannot be loaded or used; the message says what is wrong with which folder, and what to do."""
 
@@ -204,6 +207,31 @@ def load_backbone(name_or_path, device="auto", dtype="auto", random_weights=None
     name = where.name + {None: "", "unet": " (random U-Net)", "all": " (random weights)"}[random_weights]
     parts = (part.to(device).eval().requires_grad_(False) for part in (vae, unet, text_encoder))
     return Backbone(*parts, tokenizer, scheduler, name, device, dtype)
+
+
+def extend_schedule(scheduler, T, reading="rebuilt"):
+    """The DDIMScheduler of a model, with T timesteps in place of its own number.
+
+    DZAD starts at T = 1400, though such models are trained with 1000 and the paper does not say how its schedule goes
+    on. Readings: "rebuilt", the schedule's formula from its first to its last β in T steps (what `timesteps: 1400` in
+    an LDM configuration does; every level moves); "continued", the schedule as it is, √β going on with its last slope
+    (the levels below 1000 stay). Fewer timesteps: a coarser schedule, or its beginning. Use it as
+    `dataclasses.replace(backbone, scheduler=...)`, for training and for testing alike. BackboneError: another
+    reading.
+    """
+    if reading not in EXTENSIONS:
+        raise BackboneError(f"schedule reading {reading!r} is unknown; use one of {list(EXTENSIONS)}")
+    if T < 2:
+        raise BackboneError(f"a schedule needs at least 2 timesteps, not {T}")
+    changes = {"num_train_timesteps": T}
+    if reading == "rebuilt" and scheduler.config.trained_betas is not None:
+        raise BackboneError("this schedule is a list of β without a formula: only 'continued' can extend it")
+    if reading == "continued":
+        roots = scheduler.betas.double().sqrt()
+        further = roots[-1] + (roots[-1] - roots[-2]) * torch.arange(1, max(0, T - len(roots)) + 1)
+        changes["rescale_betas_zero_snr"] = False  # these β have been rescaled already
+        changes["trained_betas"] = torch.cat([roots, further])[:T].square().clamp(max=0.999).tolist()
+    return type(scheduler).from_config(scheduler.config, **changes)
 
 
 @dataclass

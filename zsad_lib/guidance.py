@@ -10,20 +10,24 @@ Of a U-Net with L levels of n layers, skip 0 leaves the first convolution, and e
 downsampling: L·(n + 1) skips, n + 1 at every resolution (Stable Diffusion 1.5: twelve, 0 … 11).
 """
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin, ControlNetModel, ModelMixin
 from diffusers.configuration_utils import register_to_config
+from safetensors.torch import load_file, save_file
 from torch import nn
 
-from zsad_lib.backbones import Backbone, BackboneError, locate, read_weights
+from zsad_lib.backbones import Backbone, BackboneError, extend_schedule, fetch, load_backbone, locate, read_weights
 
 MODES = ("only mid", "all")
 INITIALISATIONS = ("published", "trainable")
 HINT_CHANNELS = (16, 32, 96, 256)  # of the image embedding, one more at each halving
 TRAINED = ("up_blocks.", "conv_norm_out.", "conv_out.")  # of the U-Net: its decoder and its output
+SETTINGS, DECODER = "guided.json", "decoder/diffusion_pytorch_model.safetensors"  # of a trained pair
 NORM_EPS = 1e-5  # of the fusion's instance norm
 
 
@@ -154,12 +158,53 @@ def load_guide(name_or_path, backbone):
     `load_backbone`, and when the guide was made for a U-Net of another shape.
     """
     where = locate(name_or_path, ("config.json",), "SemanticGuide")
-    guide = read_weights(where, None, SemanticGuide, torch_dtype=backbone.dtype)
+    return _fitting(read_weights(where, None, SemanticGuide, torch_dtype=backbone.dtype), where, backbone)
+
+
+def _fitting(guide, where, backbone):
+    """The guide frozen on the backbone's device, once it is known to be of its U-Net's shape."""
     for key in ("in_channels", "block_out_channels", "layers_per_block", "cross_attention_dim"):
         own, needed = (config[key] for config in (guide.encoder.config, backbone.unet.config))
         if list(_flat(own)) != list(_flat(needed)):
             raise BackboneError(f"{where.name} guides a U-Net with {key} {own}; that of {backbone.name} has {needed}")
     return guide.to(backbone.device).eval().requires_grad_(False)
+
+
+def save_guided(folder, unet, guide, facts):
+    """Write what `train_guided` let train, and nothing else: folder/guide (a SemanticGuide) and folder/decoder.
+
+    facts: JSON-able; "base" names the backbone whose frozen parts belong to it, "mode" how it was trained; kept in
+    folder/guided.json. In the dtype of the models.
+    """
+    folder = Path(folder)
+    guide.save_pretrained(folder / "guide")
+    (folder / "decoder").mkdir()
+    decoder = {name: tensor.contiguous() for name, tensor in unet.state_dict().items() if name.startswith(TRAINED)}
+    save_file(decoder, folder / DECODER)
+    (folder / SETTINGS).write_text(json.dumps(facts, indent=1) + "\n")
+
+
+def load_guided(name_or_path, device="auto", dtype="auto", base=None):
+    """Read a trained pair as (Backbone, SemanticGuide, facts), frozen.
+
+    `name_or_path`: a folder of `save_guided` (or a checkpoint of data_manifest.yaml, a hub id): the backbone is `base`
+    or the one its settings name, with the trained decoder in place and the schedule that was trained with.
+    BackboneError as for `load_backbone`, and when the parts do not fit.
+    """
+    from transformers.utils import cached_file
+
+    where = locate(name_or_path, (SETTINGS, DECODER, "guide/config.json"), "semantic guidance")
+    facts = json.loads(Path(fetch(where, None, cached_file, SETTINGS)).read_text(encoding="utf-8"))
+    backbone = load_backbone(base or facts["base"], device, dtype)
+    decoder = load_file(fetch(where, None, cached_file, DECODER))
+    expected = {name: t for name, t in backbone.unet.state_dict().items() if name.startswith(TRAINED)}
+    if {name: t.shape for name, t in expected.items()} != {name: t.shape for name, t in decoder.items()}:
+        raise BackboneError(f"the decoder of {where.name} does not fit the U-Net of {backbone.name}: it needs its base")
+    backbone.unet.load_state_dict(decoder, strict=False)
+    backbone.name = where.name
+    backbone.scheduler = extend_schedule(backbone.scheduler, facts["timesteps"], facts["schedule"])
+    guide = read_weights(where, "guide", SemanticGuide, torch_dtype=backbone.dtype)
+    return backbone, _fitting(guide, where, backbone), facts
 
 
 def _flat(value):

@@ -19,7 +19,6 @@ from zsad_lib import ddim
 from zsad_lib.methods.base import MethodError, image_noise, to_host
 
 PURPOSE = "dzad-noise"
-EXTENSIONS = ("rebuilt", "continued")
 
 
 @dataclass
@@ -156,27 +155,3 @@ def _error_maps(predict, latents, ids, alphas, cells):
     noise = noise.to(latents.device)
     z = ddim.add_noise(latents[rows], noise, alphas[t].view(-1, 1, 1, 1))
     return to_host((noise - predict(z, t, rows)).square().mean(1))
-
-
-def extend_schedule(scheduler, T, reading="rebuilt"):
-    """The DDIMScheduler of a model, with T timesteps in place of its own number.
-
-    DZAD starts at T = 1400, though such models are trained with 1000 and the paper does not say how its schedule goes
-    on. Readings: "rebuilt", the schedule's formula from its first to its last β in T steps (what `timesteps: 1400` in
-    an LDM configuration does; every level moves); "continued", the schedule as it is, √β going on with its last slope
-    (the levels below 1000 stay). Fewer timesteps: a coarser schedule, or its beginning. Use it as
-    `dataclasses.replace(backbone, scheduler=...)`, for training and for testing alike. MethodError on another reading.
-    """
-    if reading not in EXTENSIONS:
-        raise MethodError(f"schedule reading {reading!r} is unknown; use one of {list(EXTENSIONS)}")
-    if T < 2:
-        raise MethodError(f"a schedule needs at least 2 timesteps, not {T}")
-    changes = {"num_train_timesteps": T}
-    if reading == "rebuilt" and scheduler.config.trained_betas is not None:
-        raise MethodError("this schedule is a list of β without a formula: only 'continued' can extend it")
-    if reading == "continued":
-        roots = scheduler.betas.double().sqrt()
-        further = roots[-1] + (roots[-1] - roots[-2]) * torch.arange(1, max(0, T - len(roots)) + 1)
-        changes["rescale_betas_zero_snr"] = False  # these β have been rescaled already
-        changes["trained_betas"] = torch.cat([roots, further])[:T].square().clamp(max=0.999).tolist()
-    return type(scheduler).from_config(scheduler.config, **changes)

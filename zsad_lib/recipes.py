@@ -43,13 +43,15 @@ from transformers import (
 from zsad_lib import ddim, synthad
 from zsad_lib.backbones import load_backbone
 from zsad_lib.datasets import load_dataset, load_images
+from zsad_lib.guided_training import train_semantic_guide
 from zsad_lib.training import (
     PHOTOGRAPHS,
     TrainingError,
+    denoising_loss,
     draw_pool,
+    encode_pool,
     fit,
     pick,
-    save_state,
     to_tensor,
     write_card,
     write_json,
@@ -101,21 +103,6 @@ def train_autoencoder(work: Path, steps: int, seed: int, device, images: np.ndar
 
     torch.manual_seed(seed)
     return fit("vae", build_vae().to(device), loss, work, steps, 1.5e-3, seed, ema_decay=0.99)
-
-
-@torch.inference_mode()
-def encode_pool(vae, images: np.ndarray, folder: Path, device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Posterior mean and standard deviation of every training image, kept in ``folder``."""
-    target = folder / "latents.pt"
-    if not target.exists():
-        means, stds = [], []
-        for batch in tqdm(np.array_split(images, max(1, len(images) // 64)), desc="encoding", unit="batch"):
-            posterior = vae.encode(to_tensor(batch).to(device)).latent_dist
-            means.append(posterior.mean.half().cpu())
-            stds.append(posterior.std.half().cpu())
-        save_state(target, {"mean": torch.cat(means), "std": torch.cat(stds)})
-    stored = torch.load(target, weights_only=True)
-    return stored["mean"].float(), stored["std"].float()
 
 
 # --- stage 2: words and the U-Net ---------------------------------------------------------------------------------
@@ -197,15 +184,6 @@ class TextToNoise(torch.nn.Module):
     def forward(self, latents, timesteps, token_ids):
         words = self.text_encoder(token_ids).last_hidden_state
         return self.unet(latents, timesteps, words).sample
-
-
-def denoising_loss(predict, clean, alphas_cumprod, generator) -> torch.Tensor:
-    """Mean squared error of ``predict(noisy, timesteps)`` against the noise, at random timesteps."""
-    noise = torch.randn(clean.shape, generator=generator).to(clean.device)
-    timesteps = torch.randint(0, len(alphas_cumprod), (len(clean),), generator=generator).to(clean.device)
-    alpha = alphas_cumprod[timesteps][:, None, None, None]
-    noisy = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
-    return F.mse_loss(predict(noisy, timesteps).float(), noise)
 
 
 def mix_prompts(captions: list[str], generator: torch.Generator) -> list[str]:
@@ -513,6 +491,9 @@ GROUP = {
 }  # fmt: skip
 
 
+GUIDE = {"steps": 2500, "learning_rate": 3e-4, "per_category": 1600}
+
+
 def _words(name: str) -> dict[str, str]:
     return {"tokenizer": f"checkpoints/{name}/tokenizer"}
 
@@ -524,6 +505,8 @@ RECIPES = {
     ),
     "lite-group-a": (train_pipeline, {"categories": tuple(synthad.GROUPS["A"]), **GROUP, **_words("lite-group-a")}),
     "lite-group-b": (train_pipeline, {"categories": tuple(synthad.GROUPS["B"]), **GROUP, **_words("lite-group-b")}),
+    "lite-dzad-a": (train_semantic_guide, {**GUIDE, "train_on": "synthad-A", "base": "checkpoints/lite-group-a"}),
+    "lite-dzad-b": (train_semantic_guide, {**GUIDE, "train_on": "synthad-B", "base": "checkpoints/lite-group-b"}),
     "lite-features": (
         train_features,
         {"categories": ALL, "per_category": 400, "steps": 1200, "pipeline": "checkpoints/lite-foundation"},

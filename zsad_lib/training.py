@@ -88,6 +88,30 @@ def to_tensor(images: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1.0
 
 
+@torch.inference_mode()
+def encode_pool(vae, images: np.ndarray, folder: Path, device) -> tuple[torch.Tensor, torch.Tensor]:
+    """The VAE posterior's mean and standard deviation of every training image, kept in ``folder``."""
+    target = folder / "latents.pt"
+    if not target.exists():
+        means, stds = [], []
+        for batch in tqdm(np.array_split(images, max(1, len(images) // 64)), desc="encoding", unit="batch"):
+            posterior = vae.encode(to_tensor(batch).to(device)).latent_dist
+            means.append(posterior.mean.half().cpu())
+            stds.append(posterior.std.half().cpu())
+        save_state(target, {"mean": torch.cat(means), "std": torch.cat(stds)})
+    stored = torch.load(target, weights_only=True)
+    return stored["mean"].float(), stored["std"].float()
+
+
+def denoising_loss(predict, clean, alphas_cumprod, generator) -> torch.Tensor:
+    """Mean squared error of ``predict(noisy, timesteps)`` against the noise, at random timesteps."""
+    noise = torch.randn(clean.shape, generator=generator).to(clean.device)
+    timesteps = torch.randint(0, len(alphas_cumprod), (len(clean),), generator=generator).to(clean.device)
+    alpha = alphas_cumprod[timesteps][:, None, None, None]
+    noisy = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
+    return F.mse_loss(predict(noisy, timesteps).float(), noise)
+
+
 # --- the loop ---------------------------------------------------------------------------------------------------
 
 
