@@ -11,7 +11,7 @@ downsampling: L·(n + 1) skips, n + 1 at every resolution (Stable Diffusion 1.5:
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -21,7 +21,16 @@ from diffusers.configuration_utils import register_to_config
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from zsad_lib.backbones import Backbone, BackboneError, extend_schedule, fetch, load_backbone, locate, read_weights
+from zsad_lib.backbones import (
+    Backbone,
+    BackboneError,
+    extend_schedule,
+    fetch,
+    fingerprint,
+    load_backbone,
+    locate,
+    read_weights,
+)
 
 MODES = ("only mid", "all")
 INITIALISATIONS = ("published", "trainable")
@@ -170,6 +179,25 @@ def _fitting(guide, where, backbone):
     return guide.to(backbone.device).eval().requires_grad_(False)
 
 
+@dataclass
+class GuidedModel:
+    """A backbone with its guide, for any images. facts: how they were trained (dict); mode: one of MODES."""
+
+    backbone: Backbone
+    guide: SemanticGuide
+    mode: str = "only mid"
+    facts: dict = field(default_factory=dict)
+
+    @property
+    def config(self):
+        """JSON-able: what changes a method's numbers."""
+        return self.backbone.config | {"guide": fingerprint(self.guide), "mode": self.mode}
+
+    def seeing(self, images):
+        """The noise prediction for these images [B,3,H,W] in [0,1], a `GuidedBackbone`."""
+        return GuidedBackbone(self.backbone, self.guide, images, self.mode)
+
+
 def save_guided(folder, unet, guide, facts):
     """Write what `train_guided` let train, and nothing else: folder/guide (a SemanticGuide) and folder/decoder.
 
@@ -184,27 +212,44 @@ def save_guided(folder, unet, guide, facts):
     (folder / SETTINGS).write_text(json.dumps(facts, indent=1) + "\n")
 
 
-def load_guided(name_or_path, device="auto", dtype="auto", base=None):
-    """Read a trained pair as (Backbone, SemanticGuide, facts), frozen.
+def load_guided(name_or_path, device="auto", dtype="auto", base=None, random_weights=None):
+    """Read a trained pair as a GuidedModel, frozen.
 
-    `name_or_path`: a folder of `save_guided` (or a checkpoint of data_manifest.yaml, a hub id): the backbone is `base`
-    or the one its settings name, with the trained decoder in place and the schedule that was trained with.
-    BackboneError as for `load_backbone`, and when the parts do not fit.
+    `name_or_path`: a folder (or a checkpoint of data_manifest.yaml, a hub id) with guided.json and guide/, and either
+    decoder/ (`save_guided`: the backbone is `base`, or the one its settings name, with the trained decoder in place) or
+    a whole StableDiffusionPipeline. The schedule is the one that was trained with. `random_weights`: as for
+    `load_backbone`; the guide is then a new one, without influence. BackboneError as there, and when the parts do not
+    fit.
     """
     from transformers.utils import cached_file
 
-    where = locate(name_or_path, (SETTINGS, DECODER, "guide/config.json"), "semantic guidance")
+    where = locate(name_or_path, (SETTINGS, "guide/config.json"), "semantic guidance")
     facts = json.loads(Path(fetch(where, None, cached_file, SETTINGS)).read_text(encoding="utf-8"))
-    backbone = load_backbone(base or facts["base"], device, dtype)
-    decoder = load_file(fetch(where, None, cached_file, DECODER))
-    expected = {name: t for name, t in backbone.unet.state_dict().items() if name.startswith(TRAINED)}
-    if {name: t.shape for name, t in expected.items()} != {name: t.shape for name, t in decoder.items()}:
-        raise BackboneError(f"the decoder of {where.name} does not fit the U-Net of {backbone.name}: it needs its base")
-    backbone.unet.load_state_dict(decoder, strict=False)
-    backbone.name = where.name
+    base = base or facts.get("base")
+    backbone = load_backbone(base or name_or_path, device, dtype, random_weights)
     backbone.scheduler = extend_schedule(backbone.scheduler, facts["timesteps"], facts["schedule"])
+    if random_weights:
+        guide = SemanticGuide.from_unet(backbone.unet, backbone.scale_factor.bit_length() - 1).requires_grad_(False)
+        return GuidedModel(backbone, guide.eval(), facts["mode"], facts)
+    if base:
+        _put_decoder(backbone, load_file(fetch(where, None, cached_file, DECODER)), where.name)
     guide = read_weights(where, "guide", SemanticGuide, torch_dtype=backbone.dtype)
-    return backbone, _fitting(guide, where, backbone), facts
+    return GuidedModel(backbone, _fitting(guide, where, backbone), facts["mode"], facts)
+
+
+def _put_decoder(backbone, decoder, name):
+    expected = {key: t.shape for key, t in backbone.unet.state_dict().items() if key.startswith(TRAINED)}
+    if expected != {key: t.shape for key, t in decoder.items()}:
+        raise BackboneError(f"the decoder of {name} does not fit the U-Net of {backbone.name}: give the base it is for")
+    backbone.unet.load_state_dict(decoder, strict=False)
+    backbone.name = name
+
+
+def load_guided_or_plain(name_or_path, device="auto", dtype="auto", random_weights=None):
+    """`load_guided` of a folder that has a guide, `load_backbone` of any other model (a hub id among them)."""
+    where = locate(name_or_path, (), "model")
+    guided = where.local and (Path(where.source) / SETTINGS).is_file()
+    return (load_guided if guided else load_backbone)(name_or_path, device, dtype, random_weights=random_weights)
 
 
 def _flat(value):

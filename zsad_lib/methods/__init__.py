@@ -1,21 +1,24 @@
 """The methods by name. To add one: a callable in METHODS whose keyword parameters are its options.
 
-A callable that has a parameter `backbone` or `features` gets the loaded model there: a `Backbone`, or a `PixelModel`
-for PIXEL_METHODS.
+A callable that has a parameter `backbone` or `features` gets the loaded model there: a `Backbone`, or what its
+loader in LOADERS gives.
 """
 
 import inspect
 
 from zsad_lib.backbones import load_backbone, load_features
+from zsad_lib.guidance import load_guided_or_plain
 from zsad_lib.methods.base import Method, MethodError, Scores
 from zsad_lib.methods.baselines import local_contrast, median, patch_knn
 from zsad_lib.methods.diffpath import DiffPath
 from zsad_lib.methods.divad import DIVAD
+from zsad_lib.methods.dzad import DZAD
 from zsad_lib.methods.stein_ssim import SteinSSIM
 from zsad_lib.pixel_models import load_pixel_model
 
 METHODS = {
     "divad": DIVAD,
+    "dzad": DZAD,
     "local_contrast": local_contrast,
     "median": median,
     "patch_knn": patch_knn,
@@ -24,6 +27,7 @@ METHODS = {
 }
 
 PIXEL_METHODS = ("stein_ssim", "diffpath")  # their backbone is an unconditional model of pixels; scores, no maps
+LOADERS = {name: load_pixel_model for name in PIXEL_METHODS} | {"dzad": load_guided_or_plain}
 BASELINES = ("local_contrast", "median", "patch_knn")  # methods without any model
 # what a control row re-initialises (`make_method`'s random_weights), by what its label gets
 CONTROLS = {"": None, " (random U-Net)": "unet", " (random weights)": "all", " (untrained features)": "features"}
@@ -58,7 +62,7 @@ def make_method(name, backbone=None, features=None, device="auto", random_weight
     if "backbone" in accepted:
         _require(name, "backbone", backbone)
         if _is_name(backbone):
-            load = load_pixel_model if name in PIXEL_METHODS else load_backbone
+            load = LOADERS.get(name, load_backbone)
             backbone = load(backbone, device, random_weights=random.get("backbone"))
         options["backbone"] = backbone
     if "features" in accepted:
