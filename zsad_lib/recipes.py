@@ -43,7 +43,7 @@ from transformers import (
 from zsad_lib import ddim, synthad
 from zsad_lib.backbones import load_backbone
 from zsad_lib.datasets import load_dataset, load_images
-from zsad_lib.guided_training import train_semantic_guide
+from zsad_lib.guided_training import train_dzad, train_vlmdiff
 from zsad_lib.training import (
     PHOTOGRAPHS,
     TrainingError,
@@ -53,6 +53,7 @@ from zsad_lib.training import (
     fit,
     pick,
     to_tensor,
+    vae_loss,
     write_card,
     write_json,
 )
@@ -76,18 +77,6 @@ def build_vae() -> AutoencoderKL:
         mid_block_add_attention=False,
         sample_size=64,
     )
-
-
-def vae_loss(vae, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """L1 + squared error + edges + a light KL term, on random half-size crops (the network is convolutional)."""
-    size = images.shape[-1] // 2
-    top, left = (int(torch.randint(0, size + 1, (), generator=generator)) for _ in range(2))
-    x = images[:, :, top : top + size, left : left + size]
-    posterior = vae.encode(x).latent_dist
-    noise = torch.randn(posterior.mean.shape, generator=generator).to(x.device)
-    y = vae.decode(posterior.mean + posterior.std * noise).sample
-    edges = sum(((y - x).diff(dim=d)).abs().mean() for d in (2, 3))
-    return (y - x).abs().mean() + (y - x).square().mean() + 0.5 * edges + 1e-5 * posterior.kl().mean()
 
 
 def require_pipeline(folder: str) -> str:
@@ -505,8 +494,21 @@ RECIPES = {
     ),
     "lite-group-a": (train_pipeline, {"categories": tuple(synthad.GROUPS["A"]), **GROUP, **_words("lite-group-a")}),
     "lite-group-b": (train_pipeline, {"categories": tuple(synthad.GROUPS["B"]), **GROUP, **_words("lite-group-b")}),
-    "lite-dzad-a": (train_semantic_guide, {**GUIDE, "train_on": "synthad-A", "base": "checkpoints/lite-group-a"}),
-    "lite-dzad-b": (train_semantic_guide, {**GUIDE, "train_on": "synthad-B", "base": "checkpoints/lite-group-b"}),
+    "lite-dzad-a": (train_dzad, {**GUIDE, "train_on": "synthad-A", "base": "checkpoints/lite-group-a"}),
+    "lite-dzad-b": (train_dzad, {**GUIDE, "train_on": "synthad-B", "base": "checkpoints/lite-group-b"}),
+    "lite-vlmdiff": (
+        train_vlmdiff,
+        # a narrower U-Net than its base's: what is shipped must stay small
+        {
+            **GUIDE,
+            "train_on": "synthad",
+            "base": "checkpoints/lite-foundation",
+            "per_category": 1200,
+            "captioner": "checkpoints/lite-captioner",
+            "widths": (32, 48, 64),
+            "unet_steps": 3000,
+        },
+    ),
     "lite-features": (
         train_features,
         {"categories": ALL, "per_category": 400, "steps": 1200, "pipeline": "checkpoints/lite-foundation"},

@@ -103,6 +103,18 @@ def encode_pool(vae, images: np.ndarray, folder: Path, device) -> tuple[torch.Te
     return stored["mean"].float(), stored["std"].float()
 
 
+def vae_loss(vae, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """L1 + squared error + edges + a light KL term, on random half-size crops (the network is convolutional)."""
+    size = images.shape[-1] // 2
+    top, left = (int(torch.randint(0, size + 1, (), generator=generator)) for _ in range(2))
+    x = images[:, :, top : top + size, left : left + size]
+    posterior = vae.encode(x).latent_dist
+    noise = torch.randn(posterior.mean.shape, generator=generator).to(x.device)
+    y = vae.decode(posterior.mean + posterior.std * noise).sample
+    edges = sum(((y - x).diff(dim=d)).abs().mean() for d in (2, 3))
+    return (y - x).abs().mean() + (y - x).square().mean() + 0.5 * edges + 1e-5 * posterior.kl().mean()
+
+
 def denoising_loss(predict, clean, alphas_cumprod, generator) -> torch.Tensor:
     """Mean squared error of ``predict(noisy, timesteps)`` against the noise, at random timesteps."""
     noise = torch.randn(clean.shape, generator=generator).to(clean.device)

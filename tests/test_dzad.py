@@ -1,0 +1,240 @@
+"""zsad_lib.methods.dzad: the readings on made-up measurements, the pass over the images on tiny networks."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from test_backbones import saved, tiny_backbone  # noqa: F401 the fixture
+from test_guidance import fill, tiny_guided
+
+from zsad_lib import guidance, metrics
+from zsad_lib.backbones import BackboneError, load_backbone, load_features
+from zsad_lib.guidance import GuidedModel, SemanticGuide
+from zsad_lib.methods import MethodError, dzad, make_method
+from zsad_lib.methods.dzad import DZAD, Measured, Reading, join
+from zsad_lib.noise_errors import NoiseErrors, timestep_grid
+
+SMALL = {"stages": 5, "per_stage": 2, "steps": 5, "sigma": 1.0, "pool": 2}
+IDS = [f"plate/{k}" for k in range(4)]
+
+
+def made_up(images=6, seed=0, shift=2.0):
+    """A Measured of random errors; the second half of the images is anomalous and higher by `shift` at the last stage
+    and at one position, where also the features of the reconstruction differ."""
+    rng = np.random.default_rng(seed)
+    labels = (np.arange(images) >= images // 2).astype(int)
+    positions = rng.uniform(0.5, 1.0, (images, 5, 2, 4, 4)).astype(np.float32)
+    positions[labels == 1, -1, :, 1, 2] += shift * 16
+    similarity = rng.uniform(1.8, 2.0, (images, 8, 8)).astype(np.float32)
+    similarity[labels == 1, 2:4, 4:6] = 0.5
+    alphas = torch.linspace(0.999, 0.01, 1000).numpy()
+    errors = NoiseErrors(
+        np.array([f"{seed}/{k}" for k in range(images)]), timestep_grid(1000, 5, 2), np.arange(1), alphas,
+        positions.mean((3, 4))[..., None], positions,
+    )  # fmt: skip
+    return Measured(errors, similarity, 2, labels)
+
+
+def guided_model():
+    backbone, guided = tiny_guided(len(IDS))
+    return GuidedModel(backbone, guided.guide), guided.images
+
+
+# --- readings
+
+
+def test_weight_one_is_the_plain_mean():
+    measured = made_up()
+    scores, maps = Reading("one", decision="weighted sum", map="noise errors", sigma=0).read(measured)
+    assert scores == pytest.approx(measured.errors.errors.mean((1, 2, 3)), rel=1e-6)
+    small = torch.nn.functional.interpolate(torch.from_numpy(maps)[:, None], (4, 4), mode="area")[:, 0]
+    assert small.mean((1, 2)).numpy() == pytest.approx(scores, rel=0.05)
+
+
+def test_class_features_decide_by_the_nearest_matrix():
+    """Eq. 12, against a loop; the decision is right on errors that differ."""
+    measured, reference = made_up(seed=1), made_up(seed=2)
+    scores, _ = Reading("one", map="features").read(measured, reference)
+    for image, score in zip(measured.errors.matrix, scores, strict=True):
+        distance = [np.sqrt(((image - known) ** 2).mean()) for known in reference.errors.matrix]
+        normal, anomalous = (min(np.array(distance)[reference.labels == label]) for label in (0, 1))
+        assert score == pytest.approx(normal - anomalous, abs=1e-6)
+    assert ((scores > 0) == measured.labels).all()
+
+
+def test_an_image_of_the_reference_is_its_own_nearest():
+    reference = made_up(seed=2)
+    distances, nearest = dzad.class_distances(reference.errors.matrix, reference.errors.matrix)
+    assert distances == pytest.approx(0, abs=1e-6)
+    assert (nearest == np.arange(6)).all()
+
+
+def test_the_threshold_parts_the_classes():
+    labels = np.array([0, 0, 0, 1, 1])
+    threshold = dzad.best_threshold(np.array([0.1, 0.4, 0.2, 0.5, 0.9]), labels)
+    assert 0.4 < threshold <= 0.5
+
+
+def test_branch_weights_pull_normal_images_and_push_anomalous_ones():
+    error_maps = np.array([[[0.5, 1.0, 2.0, 9.0]], [[0.01, 1.0, 2.0, 9.0]]])
+    pulled, pushed = dzad.branch_weights(error_maps, np.ones(2), np.array([False, True]))
+    assert pulled.tolist() == [[2.0, 1.0, 1.0, 1.0]]
+    assert pushed.tolist() == [[1.0, 1.0, 0.5, 0.5]]
+
+
+def test_two_branches_without_weights_are_the_plain_feature_map():
+    """Errors at the level of the most similar normal image everywhere: w_pn = w_pa = 1."""
+    measured = made_up(shift=0)
+    measured.errors.maps[:] = measured.errors.errors[:] = 0.7
+    measured = replace(measured, errors=replace(measured.errors, maps=np.full((6, 5, 2, 4, 4), 0.7, np.float32)))
+    branches, features = (Reading(map=name).read(measured, measured)[1] for name in ("two-branch", "features"))
+    assert np.abs(branches - features).max() < 1e-5
+
+
+def test_two_branches_find_what_is_anomalous():
+    measured, reference = made_up(seed=1), made_up(seed=2)
+    masks = np.zeros((6, 8, 8), bool)
+    masks[measured.labels == 1, 2:4, 4:6] = True
+    for name in dzad.MAPS:
+        scores, maps = Reading(map=name, sigma=0).read(measured, reference)
+        found = metrics.evaluate(["a"] * 6, measured.labels, scores, maps, masks, n_bootstrap=0)
+        found = found[found.category == "mean"].set_index("metric").value
+        assert found["image_auroc"] == 1 and found["pixel_auroc"] > 0.99, name
+
+
+def test_without_many_timesteps_one_cell_decides():
+    measured = made_up()
+    alone = Reading(multi_timestep=False, decision="weighted sum", map="noise errors")
+    assert alone.read(measured)[0] == pytest.approx(measured.errors.errors[:, 2, 0, 0])
+    changed = replace(measured.errors, errors=measured.errors.errors.copy())
+    changed.errors[:, 4] += 9
+    assert (alone.read(replace(measured, errors=changed))[0] == alone.read(measured)[0]).all()
+
+
+def test_learned_weights_beat_one_on_the_set_they_were_fitted_on():
+    reference = made_up(40, seed=3, shift=0.03)
+    aurocs = {}
+    for name in ("one", "learned"):
+        scores, _ = Reading(name, decision="weighted sum", map="features").read(reference, reference)
+        aurocs[name] = metrics.auroc(reference.labels, scores)
+    assert aurocs["learned"] > aurocs["one"]
+
+
+def test_the_maximum_of_the_map_needs_no_reference():
+    measured = made_up()
+    scores, maps = Reading(decision="map maximum", map="features", sigma=0, pool=1).read(measured)
+    assert scores == pytest.approx(maps.max((1, 2)))
+
+
+def test_parts_join_in_order():
+    whole = made_up()
+    again = join([whole.take(slice(0, 2)), whole.take(np.arange(6) >= 2)])
+    assert (again.errors.ids == whole.errors.ids).all() and (again.similarity == whole.similarity).all()
+    assert (again.labels == whole.labels).all()
+    with pytest.raises(MethodError, match="share images"):
+        join([whole, whole])
+
+
+# --- the pass over the images
+
+
+def test_scores_do_not_depend_on_the_batch():
+    model, images = guided_model()
+    method = DZAD(model, load_features("pixels"), **SMALL)
+    together = method.score(images, IDS, ["plate"] * 4)
+    for k, name in enumerate(IDS):
+        alone = method.score(images[k : k + 1], [name], ["plate"])
+        assert torch.allclose(alone.image, together.image[k : k + 1], atol=1e-5)
+        assert torch.allclose(alone.map, together.map[k : k + 1], atol=1e-4)
+
+
+def test_it_costs_the_matrix_and_the_reconstruction():
+    model, images = guided_model()
+    scores = DZAD(model, load_features("pixels"), seeds=3, **SMALL).score(images, IDS, ["plate"] * 4)
+    assert (scores.details["evaluations"] == 5 * 2 * 3 + 4).all()  # the last of 5 steps stays where it is
+    assert scores.details["matrix"].shape == (4, 5, 2)
+
+
+def test_a_new_guide_changes_nothing_and_a_trained_one_does():
+    backbone, _ = tiny_guided()
+    images = torch.rand(4, 3, 32, 32)
+    new = SemanticGuide.from_unet(backbone.unet, 2)
+    methods = [DZAD(m, load_features("pixels"), **SMALL) for m in (backbone, GuidedModel(backbone, new))]
+    plain, guided = (m.measure(images, IDS) for m in methods)
+    assert np.abs(plain.errors.errors - guided.errors.errors).max() < 1e-5
+    fill("guide", new)
+    assert np.abs(methods[1].measure(images, IDS).errors.errors - plain.errors.errors).max() > 1e-3
+
+
+def test_the_reconstruction_starts_where_it_is_told():
+    model, images = guided_model()
+    with torch.no_grad():
+        low, high = (
+            DZAD(model, load_features("pixels"), t_start=t, **SMALL).reconstruct(images, IDS) for t in (250, None)
+        )
+        decoded = model.backbone.decode(model.backbone.encode(images))
+    assert (low - decoded).abs().mean() < (high - decoded).abs().mean()
+    assert DZAD(model, load_features("pixels"), t_start=250, **SMALL).t_start == 201
+
+
+def test_a_saved_model_gives_identical_output(saved, tmp_path):  # noqa: F811
+    """The trained parts beside their base: what comes back predicts the same, to the last bit."""
+    backbone = load_backbone(saved)
+    guide = fill("guide", SemanticGuide.from_unet(backbone.unet, backbone.scale_factor.bit_length() - 1)).eval()
+    with torch.no_grad():
+        for parameter in backbone.unet.up_blocks.parameters():
+            parameter.add_(0.1)
+    facts = {"base": str(saved), "mode": "all", "timesteps": 1200, "schedule": "continued"}
+    (tmp_path / "pair").mkdir()
+    guidance.save_guided(tmp_path / "pair", backbone.unet, guide, facts)
+    loaded = guidance.load_guided(tmp_path / "pair")
+    size = backbone.image_size
+    z, images = torch.randn(2, *backbone.latent_shape), torch.rand(2, 3, size, size)
+    with torch.no_grad():
+        ours, theirs = (
+            m.seeing(images).predict_noise(z, 501, backbone.embed(["", ""]))
+            for m in (GuidedModel(backbone, guide, "all"), loaded)
+        )
+    assert torch.equal(ours, theirs)
+    assert len(loaded.backbone.alphas_cumprod) == 1200 and loaded.mode == "all"
+    assert isinstance(guidance.load_guided_or_plain(saved), type(backbone))
+    random = guidance.load_guided_or_plain(tmp_path / "pair", random_weights="unet")
+    assert "random U-Net" in random.backbone.name
+    with pytest.raises(BackboneError, match="does not fit the U-Net"):
+        guidance.load_guided(tmp_path / "pair", base="lite-group-a")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"weighting": "late-4"}, "weighting 'late-4' is unknown; use one of .*late-3"),
+        ({"decision": "vote"}, "decision 'vote' is unknown"),
+        ({"map": "heat"}, "map 'heat' is unknown"),
+        ({"map": "two-branch"}, "needs reference="),
+        ({"weighting": "learned"}, "needs reference="),
+        ({"t_start": 0}, "t_start=0 is below the lowest level"),
+        ({"stages": 100, "per_stage": 20}, "100 stages of 20 timesteps"),
+        ({"steps": 0}, "n_steps must be 1 to 1000"),
+        ({"pool": 9}, "too small for 8 average pools"),
+    ],
+)
+def test_values_that_cannot_work(options, message):
+    with pytest.raises(MethodError, match=message):
+        make_method("dzad", tiny_backbone(), load_features("pixels"), **{**SMALL, **options})
+
+
+def test_references_that_cannot_work():
+    measured = made_up()
+    with pytest.raises(MethodError, match="only one class"):
+        Reading().read(measured, measured.take(measured.labels == 0))
+    with pytest.raises(MethodError, match="needs a reference"):
+        Reading().read(measured)
+    with pytest.raises(MethodError, match="reconstruct=True"):
+        Reading().read(replace(measured, similarity=None), measured)
+
+
+def test_the_auxiliary_set_has_both_classes():
+    samples = dzad.reference_samples("synthad-A", 1)
+    assert {s.label for s in samples} == {0, 1}
+    assert {s.category for s in samples} == set(dzad.GROUPS["synthad-A"])
