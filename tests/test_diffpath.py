@@ -11,7 +11,7 @@ from test_pixel_models import tiny_pixel_model, tiny_unet
 from conftest import shared_path
 from zsad_lib.image_sets import ImageSet, load_image_set
 from zsad_lib.methods import MethodError, diffpath, typicality
-from zsad_lib.methods.diffpath import DiffPath, ddim_timesteps, noise_path, path_powers, path_statistics
+from zsad_lib.methods.diffpath import DiffPath, ddim_timesteps, noise_path, path_powers, path_states, path_statistics
 from zsad_lib.pixel_models import PixelModel, improved_diffusion_schedule
 
 RUNS = {"celeba_config": 6, "no_clip": 3}  # channels that the model gives
@@ -90,6 +90,16 @@ def test_a_clipped_path_is_consistent():
         torch.testing.assert_close(alpha[k] ** 0.5 * estimates[:, k] + (1 - alpha[k]) ** 0.5 * noise[:, k], x)
         if k < 9:
             x = alpha[k + 1] ** 0.5 * estimates[:, k] + (1 - alpha[k + 1]) ** 0.5 * noise[:, k]
+
+
+def test_states_are_what_the_model_was_asked_about():
+    model, pixels = golden_model(3), torch.randn(2, 3, 8, 8)
+    noise, estimates = noise_path(model, pixels, clip=False)
+    states = path_states(model, noise, estimates)
+    assert states.shape == (2, 10, 3, 8, 8)
+    torch.testing.assert_close(states[:, 0], pixels, rtol=1e-4, atol=1e-4)
+    for k, t in enumerate(ddim_timesteps(10, 1000)):
+        torch.testing.assert_close(model.predict_noise(states[:, k], t), noise[:, k], rtol=1e-4, atol=1e-4)
 
 
 # --- the method

@@ -66,6 +66,56 @@ def test_chosen_timesteps_are_all_that_is_left(collected):
     assert part["noise_powers"].shape == (6, 3, 3) and part["ids"].tolist() == features["ids"].tolist()
 
 
+def test_first_images_are_all_that_is_left(collected):
+    features = collected[1]["noise"]
+    part = ood.first_images(features, 4)
+    assert part.keys() == features.keys() and part["settings"] == features["settings"]
+    for key in part.keys() - {"settings"}:
+        np.testing.assert_array_equal(part[key], features[key][:4])
+
+
+def test_separation_counts_the_pairs_in_order():
+    usual, other = np.array([0.0, 1, 2], np.float32), np.array([1.0, 5], np.float32)
+    pairs = [(b > a) + (b == a) / 2 for a in usual for b in other]
+    assert ood.separation(usual, other) == pytest.approx(np.mean(pairs))
+    assert ood.separation(-usual, -other) == pytest.approx(1 - np.mean(pairs))
+
+
+def test_sets_are_scored_by_the_density_of_the_reference_alone(collected):
+    train, test = collected
+    some = {name: test[name] for name in ("noise", "digits")}
+    for reading in READINGS.values():
+        density = None if reading is SUM else reading.fit(train["digits"])
+        scores = ood.score_sets(train["digits"], some, reading)
+        assert list(scores) == ["noise", "digits"]
+        for name in some:
+            np.testing.assert_array_equal(scores[name], reading.scores(test[name], density))
+    np.testing.assert_array_equal(ood.score_sets(None, some, SUM)["noise"], SUM.scores(test["noise"]))
+
+
+def test_every_base_is_measured_with_its_own_features(collected):
+    train, test = collected
+    late = [{name: ood.first_images(f, 4) for name, f in side.items()} for side in collected]
+    frame = ood.measure_bases({"a": train, "b": late[0]}, {"a": test, "b": late[1]}, READINGS, SMALL["outs"], 0)
+    assert list(frame.columns) == ood.COLUMNS and list(frame.base.unique()) == ["a", "b"]
+    for base, sides in (("a", collected), ("b", late)):
+        alone = ood.measure(*sides, READINGS, SMALL["outs"], n_bootstrap=0)
+        part = frame[frame.base == base].drop(columns="base").reset_index(drop=True)
+        pd.testing.assert_frame_equal(part, alone)
+
+
+def test_parts_of_the_timesteps_are_read_alone(collected):
+    train, test = collected
+    parts = {"early": [0, 1], "all": list(range(10))}
+    table = ood.by_timesteps({"a": train}, {"a": test}, KDE, parts, SMALL["outs"])
+    assert list(table.index) == ["a: synthad-a", "a: digits"] and list(table) == ["early", "all"]
+    few = [{name: ood.at_steps(f, [0, 1]) for name, f in side.items()} for side in collected]
+    for part, sides in (("early", few), ("all", collected)):
+        frame = ood.measure(*sides, {"": KDE}, SMALL["outs"], n_bootstrap=0)
+        np.testing.assert_allclose(table[part], 100 * frame[frame.out == "mean"].value)
+    assert not np.allclose(table.early, table["all"])
+
+
 def test_path_reading_is_diffpath(base, collected):
     model, images = load_pixel_model(base, "cpu"), load_image_set("noise", "test", 6, size=16)
     method = diffpath.DiffPath(model, "1d", reference=load_image_set("digits", "train", 12, size=16))
@@ -89,6 +139,14 @@ def test_left_out_readings_give_the_scores_of_a_kept_one(collected):
 def test_authors_mixtures_need_enough_reference_images():
     assert "DiffPath-6D" in ood.all_readings(112) and "DiffPath-6D" not in ood.all_readings(111)
     assert {"DiffPath-1D", "DiffPath-6D (small mixtures)"} <= set(ood.all_readings(20))
+
+
+def test_readings_go_by_their_label():
+    assert list(ood.labelled([SUM, KDE]).values()) == [SUM, KDE]
+    some = ood.all_readings(20, density="kde")
+    assert all(ood.label(reading) == title for title, reading in some.items())
+    assert not [title for title in some if title.endswith("gmm")] and "DiffPath-1D" in some
+    assert some.keys() < ood.all_readings(20).keys()
 
 
 def test_study_has_the_control_and_goes_on_from_kept_features(base, tmp_path, monkeypatch):
@@ -132,3 +190,28 @@ def test_choice_counts_trained_bases_and_the_choosing_sets_alike():
     assert ood.matrix(frame, "good").loc[("a", "photographs"), "digits"] == "10.0 [9.0, 100.0]"
     with pytest.raises(ValueError, match="no reading 'bad'; there are: good; fair"):
         ood.matrix(frame, "bad")
+
+
+def test_overview_is_sorted_by_the_trained_bases():
+    frame = made_up(
+        {
+            ("a", "synthad", "low"): 61.4, ("a", "synthad", "high"): 81.4,
+            ("b", "synthad", "low"): 72.6, ("b", "synthad", "high"): 70.6,
+            ("random", "synthad", "low"): 99, ("random", "synthad", "high"): 10,
+        }
+    )  # fmt: skip
+    table = ood.overview(frame, ["a", "b"])
+    assert list(table) == ["a: synthad", "b: synthad", "random: synthad", "trained"]
+    assert table.loc["high"].tolist() == [81, 71, 10, 76] and table.loc["low"].tolist() == [61, 73, 99, 67]
+    assert list(table.index) == ["high", "low"] and list(ood.overview(frame, ["random"]).index) == ["low", "high"]
+
+
+def test_by_set_leaves_the_mean_out_and_keeps_the_order():
+    frame = made_up(
+        {("b", "synthad", "z"): 61.4, ("b", "synthad", "y"): 50, ("a", "synthad", "z"): 7, ("a", "synthad", "y"): 8}
+    )
+    table = ood.by_set(frame)
+    assert list(table) == ["b: digits", "a: digits"] and list(table.index) == ["z", "y"]
+    assert table.to_numpy().tolist() == [[61, 7], [50, 8]]
+    with pytest.raises(ValueError, match="one in-distribution set, please, not synthad, cifar10"):
+        ood.by_set(made_up({("a", "synthad", "z"): 1, ("a", "cifar10", "z"): 2}))

@@ -5,12 +5,14 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import nbformat
+import numpy as np
 import pandas as pd
 import pytest
 import torch
 
 from zsad_lib import plots, report, synthad
 from zsad_lib.profiles import PROFILES, profile_options
+from zsad_lib.toy import LineModel
 
 
 def _notebook(path: Path, *cells: str) -> None:
@@ -102,6 +104,59 @@ def test_picture_grid_has_a_cell_for_each_picture():
     drawing = torch.from_numpy(synthad.draw("gauge", "0").image).permute(2, 0, 1) / 255
     figure = plots.picture_grid([[drawing, drawing[0]], [drawing]], titles=["a", "b"], labels=["r", "s"])
     assert [len(axis.images) for axis in figure.axes] == [1, 1, 1, 0]
+    plt.close(figure)
+
+
+def test_heatmap_joins_the_parts_of_a_rows_name():
+    rows = pd.MultiIndex.from_tuples([("a", "x"), ("b", "y")], names=["base", "in"])
+    (axis,) = plots.heatmap(pd.DataFrame({"z": [1.0, 2.0]}, index=rows), "title").axes
+    assert [text.get_text() for text in axis.get_yticklabels()] == ["a: x", "b: y"]
+    plt.close(axis.figure)
+
+
+def test_histograms_of_a_panel_share_their_bins_and_lose_nothing():
+    groups = {"one": np.array([0.0, 1.0, 1.0]), "two": np.array([5.0, 9.0])}
+    figure = plots.histograms({"left": groups, "right": {"same": np.ones(4)}}, "score", bins=3)
+    left, right = figure.axes
+    assert [[bar.get_height() for bar in bars] for bars in left.containers] == [[3, 0, 0], [0, 1, 1]]
+    assert left.get_title() == "left" and left.get_xlabel() == "score"
+    assert sum(bar.get_height() for bar in right.patches) == 4
+    plt.close(figure)
+
+
+def test_log_scale_is_shared_and_keeps_the_order():
+    logs = plots.log_scale({"one": np.array([-99.0, 0.0]), "two": np.array([900.0])})
+    np.testing.assert_allclose(np.concatenate(list(logs.values())), [0, 2, 3])
+    np.testing.assert_allclose(plots.log_scale({"one": np.array([9.0, 99.0])})["one"], [1, 2])
+
+
+def test_quartile_curves_end_at_the_last_timestep():
+    values = np.array([[1.0, 2.0], [3.0, 4.0], [5.0, 60.0]])
+    figure = plots.quartile_curves([0, 100, 200], {"error": {"a": values}, "SSIM": {"a": values}}, linear=["SSIM"])
+    error, ssim = figure.axes
+    np.testing.assert_array_equal(error.lines[0].get_xydata(), [[100, 3], [200, 4]])
+    assert error.collections[0].get_paths()[0].vertices[:, 1].max() == 32  # the upper quartile of 2, 4 and 60
+    assert (error.get_yscale(), ssim.get_yscale()) == ("log", "linear")
+    plt.close(figure)
+
+
+def test_the_line_is_drawn_with_its_own_score():
+    line = LineModel()
+    figure = plots.score_on_a_line(line, [0, 700])
+    assert [axis.get_title() for axis in figure.axes] == ["t = 0", "t = 700", "", ""]
+    x, score = figure.axes[3].lines[0].get_xydata().T
+    np.testing.assert_allclose(score, line.score(torch.from_numpy(x), 700))
+    plt.close(figure)
+
+
+def test_paths_on_a_line_have_a_curve_a_point_and_a_count():
+    points, noise = torch.rand(2, 4, 3)
+    groups = {"one": (points, noise, torch.tensor([1.0, 10, 10, 1000])), "two": (points[:1], noise[:1], torch.ones(1))}
+    figure = plots.paths_on_a_line([0, 10, 20], groups)
+    for axis, values in zip(figure.axes, (points, noise), strict=False):
+        np.testing.assert_allclose([line.get_ydata() for line in axis.lines], torch.cat([values, values[:1]]))
+    assert [sum(bar.get_height() for bar in bars) for bars in figure.axes[2].containers] == [4, 1]
+    assert {line.get_color() for line in figure.axes[0].lines} == {"C0", "C1"}
     plt.close(figure)
 
 

@@ -83,6 +83,15 @@ def test_denoising_features_are_what_they_say(features):
     np.testing.assert_allclose(features["denoising_ssim"][:, k], scikit(x, estimate, 1), atol=1e-4)
 
 
+def test_one_step_takes_the_predicted_noise_off_again():
+    model, x, noise = tiny_pixel_model(), 2 * images() - 1, torch.randn(5, 3, 16, 16)
+    noisy, predicted, estimate = stein_ssim.one_step(model, x, noise, 300)
+    alpha = model.alphas_cumprod[300].item()
+    torch.testing.assert_close(noisy, alpha**0.5 * x + (1 - alpha) ** 0.5 * noise)
+    torch.testing.assert_close(predicted, model.predict_noise(noisy, 300))
+    torch.testing.assert_close(alpha**0.5 * estimate + (1 - alpha) ** 0.5 * predicted, noisy)
+
+
 def test_trajectory_features_are_what_they_say(features):
     model, x = tiny_pixel_model(), images()
     noise, estimates = diffpath.noise_path(model, 2 * x - 1)

@@ -77,15 +77,20 @@ def _scale_is_moot(reading):
     return reading.error == "denoising" and reading.decision == "typicality"
 
 
-def all_readings(reference_images):
+def labelled(readings):
+    """{label: reading}, in the order given."""
+    return {label(reading): reading for reading in readings}
+
+
+def all_readings(reference_images, **fixed):
     """{label: reading}: the distinct readings, DiffPath-1D, and 6D with the authors' mixtures where they can be fitted.
 
-    reference_images: how many images the densities are fitted on.
+    reference_images: how many images the densities are fitted on; fixed: see `stein_ssim.readings`.
     """
     paths = [PathReading("1d"), PathReading("6d", stein_ssim.COMPONENTS)]
     if reference_images - -(-reference_images // 10) >= max(diffpath.COMPONENTS):
         paths.append(PathReading("6d"))
-    return {label(reading): reading for reading in [*distinct_readings(), *paths]}
+    return labelled([*distinct_readings(**fixed), *paths])
 
 
 # --- features
@@ -116,7 +121,27 @@ def at_steps(features, chosen):
     return features | {key: v[:, [k for k in chosen if k < v.shape[1]]] for key, v in per_step.items()}
 
 
+def first_images(features, count):
+    """The features of the first `count` images alone, for an ablation; the settings stay."""
+    return {key: values[:count] if values.ndim else values for key, values in features.items()}
+
+
 # --- the numbers
+
+
+def score_sets(reference, sets, reading, seed=0):
+    """{name: scores [N], higher is more anomalous} of sets {name: features}.
+
+    reference: the features that a density is fitted on, and nothing else; a reading whose decision is "sum" takes none.
+    """
+    density = None if getattr(reading, "decision", None) == "sum" else reading.fit(reference, seed)
+    return {name: reading.scores(features, density) for name, features in sets.items()}
+
+
+def separation(usual, other):
+    """AUROC, a fraction, of telling the scores `other` [M] from the scores `usual` [N]; below 0.5, `other` is lower."""
+    scores = np.concatenate([usual, other]).astype(np.float64)
+    return metrics.auroc([0] * len(usual) + [1] * len(other), scores)
 
 
 def measure(train, test, readings, outs=OUTS, n_bootstrap=200, seed=0):
@@ -131,11 +156,35 @@ def measure(train, test, readings, outs=OUTS, n_bootstrap=200, seed=0):
     for name, reference in train.items():
         others = [out for out in outs if out in test and not _overlap(name, out)]
         for title, reading in readings.items():
-            density = None if getattr(reading, "decision", None) == "sum" else reading.fit(reference, seed)
-            scores = {other: reading.scores(test[other], density) for other in (name, *others)}
+            scores = score_sets(reference, {other: test[other] for other in (name, *others)}, reading, seed)
             cost = reference["noise_powers"].shape[1]
             rows += [(name, out, title, cost, *rest) for out, *rest in _aurocs(scores, name, others, n_bootstrap, seed)]
     return pd.DataFrame(rows, columns=COLUMNS[1:])
+
+
+def measure_bases(train, test, readings, outs=OUTS, n_bootstrap=200, seed=0):
+    """`measure` for each base model, one frame with a further column base. train, test: {base: {set: features}}."""
+    options = {"outs": outs, "n_bootstrap": n_bootstrap, "seed": seed}
+    frames = [measure(sets, test[base], readings, **options).assign(base=base) for base, sets in train.items()]
+    return pd.concat(frames, ignore_index=True)[COLUMNS]
+
+
+def by_timesteps(train, test, reading, parts, outs=OUTS, seed=0):
+    """One reading from parts of the timesteps alone: percent, the mean AUROC over the other sets.
+
+    train, test: as for `measure_bases`; parts: {name: numbers of the timesteps, from 0, as for `at_steps`}. Rows
+    "base: in", a column for each part.
+    """
+    columns = {}
+    for part, steps in parts.items():
+        few = [
+            {base: {name: at_steps(features, steps) for name, features in sets.items()} for base, sets in side.items()}
+            for side in (train, test)
+        ]
+        frame = measure_bases(*few, {"": reading}, outs, n_bootstrap=0, seed=seed)
+        means = frame[frame.out == "mean"]
+        columns[part] = (100 * means.value).set_axis(means.base + ": " + means["in"])
+    return pd.DataFrame(columns)
 
 
 def _overlap(one, other):
@@ -228,6 +277,27 @@ def compare(frame, cells=True):
     return table
 
 
+def overview(frame, trained):
+    """Mean AUROC over the other sets, whole percent: readings as rows, best first; columns "base: in" and "trained".
+
+    trained: the bases whose columns "trained" averages, and by which the rows are sorted.
+    """
+    table = _whole_percent(frame[frame.out == "mean"], "in")
+    averaged = [column for column in table if column.rpartition(": ")[0] in trained]
+    table["trained"] = table[averaged].mean(axis=1).round(0).astype(int)
+    return table.sort_values("trained", ascending=False, kind="stable")
+
+
+def by_set(frame):
+    """AUROC in whole percent: readings as rows and columns "base: out", both in the frame's order, without the mean.
+
+    ValueError when the frame has more than one in-distribution set.
+    """
+    if frame["in"].nunique() != 1:
+        raise ValueError(f"one in-distribution set, please, not {', '.join(frame['in'].unique()) or 'none'}")
+    return _whole_percent(frame[frame.out != "mean"], "out")
+
+
 def ranking(frame):
     """Percent by reading, best first: mean AUROC over the trained bases and CHOSEN_ON, every pair counting alike."""
     means = frame[(frame.out == "mean") & ~frame.base.str.endswith(CONTROL)]
@@ -242,6 +312,11 @@ def best_allowed(frame):
     if not allowed:
         raise ValueError("no reading of the paper's is in this frame")
     return allowed[0]
+
+
+def _whole_percent(frame, by):
+    table = 100 * frame.pivot_table(index="reading", columns=["base", by], values="value", sort=False)
+    return table.set_axis([f"{base}: {name}" for base, name in table.columns], axis=1).round(0).astype(int)
 
 
 def _pivot(frame, index, columns, cells):

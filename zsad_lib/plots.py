@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from zsad_lib.datasets import read_image
+from zsad_lib.toy import LineModel
 
 sns.set_theme(context="notebook", style="white", font_scale=0.9)
 plt.rcParams.update({"figure.dpi": 90, "savefig.dpi": 160, "image.interpolation": "nearest", "svg.hashsalt": "zsad"})
@@ -140,10 +141,95 @@ def save_heatmaps(results, samples, folder: str | Path) -> Path:
 
 
 def heatmap(frame: pd.DataFrame, title: str, fmt: str = ".1f", cmap: str = "viridis") -> Figure:
-    """A table of numbers as coloured cells."""
+    """A table of numbers as coloured cells. The parts of a row's name, where it has several, are joined by ": "."""
+    if frame.index.nlevels > 1:
+        frame = frame.set_axis([": ".join(map(str, row)) for row in frame.index])
     figure, axis = plt.subplots(figsize=(1.0 + 0.8 * frame.shape[1], 0.9 + 0.5 * frame.shape[0]))
     sns.heatmap(frame, annot=True, fmt=fmt, cmap=cmap, cbar=False, linewidths=0.5, ax=axis)
     axis.set_title(title, fontsize=10)
+    figure.tight_layout()
+    return figure
+
+
+def histograms(panels: dict[str, dict], label: str = "", bins: int = 40, size=(5.25, 2.9)) -> Figure:
+    """Histograms over each other, one panel a title: {title: {name: values [N]}}.
+
+    label: what the values are; bins: how many, from the lowest to the highest value of a panel; size: inches a panel.
+    """
+    figure, axes = plt.subplots(1, len(panels), figsize=(size[0] * len(panels), size[1]), squeeze=False)
+    for axis, (title, groups) in zip(axes.flat, panels.items(), strict=True):
+        _overlaid(axis, groups, bins)
+        axis.set(title=title, xlabel=label)
+    axes[0, 0].legend()
+    figure.tight_layout()
+    return figure
+
+
+def _overlaid(axis, groups, bins):
+    edges = np.histogram_bin_edges(np.concatenate(list(groups.values())), bins)
+    for name, values in groups.items():
+        axis.hist(values, bins=edges, alpha=0.6, label=name)
+
+
+def log_scale(groups: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """log₁₀(1 + value) of {name: values [N]}, all moved up by as much as the lowest is below 0; the order stays."""
+    lowest = min(0.0, *(values.min() for values in groups.values()))
+    return {name: np.log10(values - lowest + 1) for name, values in groups.items()}
+
+
+def quartile_curves(timesteps: Sequence[int], panels: dict[str, dict], linear: Sequence[str] = ()) -> Figure:
+    """Median and quartiles over images by timestep, two panels a row: {title: {name: values [N,K]}}.
+
+    Fewer values than timesteps belong to the last ones. linear: the titles without a logarithmic scale.
+    """
+    rows = -(-len(panels) // 2)
+    figure, axes = plt.subplots(rows, 2, figsize=(10.5, 2.8 * rows), sharex=True, squeeze=False)
+    for axis, (title, groups) in zip(axes.flat, panels.items(), strict=False):
+        for name, values in groups.items():
+            low, middle, high = np.quantile(values, [0.25, 0.5, 0.75], axis=0)
+            steps = timesteps[len(timesteps) - len(middle) :]
+            (drawn,) = axis.plot(steps, middle, marker=".", label=name)
+            axis.fill_between(steps, low, high, color=drawn.get_color(), alpha=0.15)
+        axis.set_title(title, fontsize=10)
+        axis.set_yscale("linear" if title in linear else "log")
+    for axis in axes[-1]:
+        axis.set_xlabel("t")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="center left", bbox_to_anchor=(1, 0.5), fontsize=9)
+    figure.tight_layout()
+    return figure
+
+
+def score_on_a_line(line: LineModel, levels: Sequence[int]) -> Figure:
+    """The density of a line model at the timesteps `levels`, and below it the score; arrows show where it points."""
+    x = torch.linspace(-2.5, 2.5, 501, dtype=torch.float64)
+    places = torch.linspace(-2, 2, 13, dtype=torch.float64)
+    figure, axes = plt.subplots(2, len(levels), figsize=(2.5 * len(levels), 4), sharex=True, squeeze=False)
+    for top, bottom, t in zip(*axes, levels, strict=True):
+        top.fill_between(x, line.log_density(x, t).exp(), color="C0", alpha=0.4)
+        top.set_title(f"t = {t}", fontsize=10)
+        bottom.plot(x, line.score(x, t), color="C3")
+        bottom.axhline(0, color="grey", lw=0.5)
+        bottom.quiver(places, 0 * places, line.score(places, t).sign(), 0 * places, scale=22, width=0.008)
+    axes[0, 0].set_ylabel("density")
+    axes[1, 0].set_ylabel("score")
+    figure.tight_layout()
+    return figure
+
+
+def paths_on_a_line(timesteps: Sequence[int], groups: dict[str, tuple]) -> Figure:
+    """Points on their way to noise, the noise predicted for them, and histograms of how fast that noise changes.
+
+    timesteps: K of them; groups: {name: (points [N,K], noise [N,K], mean squared change of the noise [N])}, tensors.
+    """
+    figure, axes = plt.subplots(1, 3, figsize=(11, 3))
+    for k, (points, noise, _) in enumerate(groups.values()):
+        axes[0].plot(timesteps, points.T, color=f"C{k}", lw=0.8)
+        axes[1].plot(timesteps, noise.T, color=f"C{k}", lw=0.8)
+    _overlaid(axes[2], {name: change.log10() for name, (_, _, change) in groups.items()}, 20)
+    axes[0].set(xlabel="t", title="the point")
+    axes[1].set(xlabel="t", title="its predicted noise")
+    axes[2].set(xlabel="log₁₀ mean (change of the noise)²", title="how fast it changes")
+    axes[2].legend()
     figure.tight_layout()
     return figure
 

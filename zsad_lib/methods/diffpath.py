@@ -51,6 +51,12 @@ def noise_path(model, pixels, steps=10, clip=True):
     return torch.stack(noises, 1), torch.stack(estimates, 1)
 
 
+def path_states(model, noise, estimates):
+    """The noised pixels [B,K,C,H,W] that a path went through, from the (noise, estimates) that `noise_path` gave."""
+    grid = ddim_timesteps(noise.shape[1], len(model.alphas_cumprod))
+    return ddim.add_noise(estimates, noise, model.alphas_cumprod[grid].to(noise).view(-1, 1, 1, 1))
+
+
 def path_powers(noise):
     """Sums over channels and pixels of a path's noise [B,K,C,H,W], and of its change, to the powers 1, 2, 3.
 

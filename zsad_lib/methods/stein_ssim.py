@@ -91,18 +91,27 @@ def extract(model, images, ids, steps=10, seed=0, errors=ERRORS, clip=True, batc
     return features | {"ids": np.array(ids), "settings": np.array(_settings(model, steps, seed, errors, clip))}
 
 
+def one_step(model, pixels, noise, t):
+    """Pixels [B,C,H,W] with `noise` at timestep t, the noise predicted there, and the estimate of the pixels from it.
+
+    Returns (noisy, predicted, estimate), each [B,C,H,W] in units of the pixels; the estimate is not clamped.
+    """
+    alpha = float(model.alphas_cumprod[t])
+    noisy = ddim.add_noise(pixels, noise, alpha)
+    predicted = model.predict_noise(noisy, t)
+    return noisy, predicted, ddim.predict_x0(noisy, predicted, alpha)
+
+
 def _denoising(model, pixels, ids, grid, seed):
     noise_errors, similarities = [], []
-    alphas = model.alphas_cumprod[grid]
-    for t, alpha in zip(grid, alphas.tolist(), strict=True):
+    for t in grid:
         noise = image_noise(ids, f"stein_ssim-{t}", seed, pixels.shape[1:]).to(pixels)
-        noisy = ddim.add_noise(pixels, noise, alpha)
-        eps = model.predict_noise(noisy, t)
-        noise_errors.append((eps - noise).double().square().mean((1, 2, 3)))
-        similarities.append(ssim(model.to_images(pixels), model.to_images(ddim.predict_x0(noisy, eps, alpha))))
-    error = torch.stack(noise_errors, 1).cpu()
-    similarity = torch.stack(similarities, 1)
-    return {"denoising_noise": error, "denoising_score": error / (1 - alphas), "denoising_ssim": similarity}
+        _, predicted, estimate = one_step(model, pixels, noise, t)
+        noise_errors.append((predicted - noise).double().square().mean((1, 2, 3)))
+        similarities.append(ssim(model.to_images(pixels), model.to_images(estimate)))
+    error, similarity = torch.stack(noise_errors, 1).cpu(), torch.stack(similarities, 1)
+    scaled = error / (1 - model.alphas_cumprod[grid])
+    return {"denoising_noise": error, "denoising_score": scaled, "denoising_ssim": similarity}
 
 
 def _trajectory(model, pixels, grid, clip):
