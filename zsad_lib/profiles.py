@@ -22,6 +22,14 @@ PROFILES = {
             "pool": 2,
             "mode": "product",
         },
+        "dzad": {
+            "backbone": "lite-dzad-a",
+            "reference": "synthad-A",
+            "per_stage": 2,
+            "t_start": 201,
+            "sigma": 1.5,
+            "pool": 2,
+        },
         "stein_ssim": {"backbone": "lite-ddpm-synthad", "reference": "synthad"},
         "diffpath": {"backbone": "lite-ddpm-synthad"},
         "baseline": {"size": 64, "sigma": 1.5, "pool": 2},
@@ -40,9 +48,24 @@ PROFILES = {
             "pool": 8,
             "mode": "sum",
         },
+        "dzad": {"backbone": "dzad-visa", "features": "resnet50", "reference": "visa", "sigma": 4, "pool": 8},
         "stein_ssim": {"backbone": "google/ddpm-celebahq-256"},
         "diffpath": {"backbone": "google/ddpm-celebahq-256"},
         "baseline": {"size": 256, "sigma": 5, "pool": 8},
+    },
+}
+
+# DZAD's cross protocol: {profile: {set that is tested: (auxiliary set, model trained on its normal images)}}
+CROSS = {
+    "lite": {
+        "synthad-B": ("synthad-A", "lite-dzad-a"),
+        "synthad-A": ("synthad-B", "lite-dzad-b"),
+        "magnetic_tile": ("synthad-A", "lite-dzad-a"),
+    },
+    "paper": {
+        "mvtec_ad": ("visa", "dzad-visa"),
+        "visa": ("mvtec_ad", "dzad-mvtec_ad"),
+        "btad": ("visa", "dzad-visa"),
     },
 }
 
