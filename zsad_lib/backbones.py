@@ -134,10 +134,11 @@ class Backbone:
         latents = mean if noise is None else mean + std * noise.to(mean)
         return self.vae.config.scaling_factor * latents
 
-    def decode(self, latents):
-        """Scaled latents [B,C,h,w] -> images [B,3,H,W], clamped to [0,1]."""
+    def decode(self, latents, clamp=True):
+        """Scaled latents [B,C,h,w] -> images [B,3,H,W], clamped to [0,1] unless `clamp` is False."""
         latents = latents.to(self.device, torch.float32) / self.vae.config.scaling_factor
-        return (self.vae.decode(latents).sample / 2 + 0.5).clamp(0, 1)
+        images = self.vae.decode(latents).sample / 2 + 0.5
+        return images.clamp(0, 1) if clamp else images
 
     def embed(self, prompts):
         """Prompts (list of B strings) -> text embeddings [B,L,D]; warns when a prompt exceeds L tokens."""

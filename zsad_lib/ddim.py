@@ -53,15 +53,16 @@ def inversion_steps(n_steps, T=1000, offset=1):
     return list(pairwise(ascending_grid(n_steps, T, offset)[:-1]))
 
 
-def denoising_steps(n_steps, start_step=0, T=1000, offset=1):
+def denoising_steps(n_steps, start_step=0, T=1000, offset=1, final=None):
     """The (from, to) levels of a denoising run that leaves out the first `start_step` of its n_steps.
 
-    It ends at the grid's first level; the official loop's last step goes from there to itself, an identity.
+    It ends at level `final`, 0 for VLMDiff. By default at the grid's first level: DIVAD's official loop goes from
+    there to itself in its last step, an identity.
     """
     if not 0 <= start_step < n_steps:
         raise ValueError(f"start_step must be 0 to {n_steps - 1} for {n_steps} denoising steps, not {start_step}")
     levels = ascending_grid(n_steps, T, offset)[: n_steps - start_step][::-1]
-    return list(pairwise([*levels, levels[-1]]))
+    return list(pairwise([*levels, levels[-1] if final is None else final]))
 
 
 def invert(predict, z0, alphas_cumprod, n_steps, stop=None, offset=1, callback=None):
@@ -87,16 +88,17 @@ def invert(predict, z0, alphas_cumprod, n_steps, stop=None, offset=1, callback=N
     return path
 
 
-def denoise(predict, z, alphas_cumprod, n_steps, start_step=0, offset=1, callback=None, skip_identity=True):
-    """DDIM denoising (DIVAD's `sample`): bring latent `z` [B,C,h,w] down to the lowest level of the grid.
+def denoise(predict, z, alphas_cumprod, n_steps, start_step=0, offset=1, callback=None, skip_identity=True, final=None):
+    """DDIM denoising (DIVAD's `sample`): bring latent `z` [B,C,h,w] down to the lowest level of the grid, or to the
+    level `final`.
 
     Leaves out the first `start_step` of `n_steps` steps: `z` is *treated* as being at the timestep of the
     first step run, whatever its level is. predict(z, t) -> noise prediction at the level left.
     `skip_identity` drops the official loop's last step, which costs a network call and changes nothing.
-    callback(t, latent) after each step, with the level reached. Returns the latent [B,C,h,w], which is at the
-    lowest level (1 for Stable Diffusion), not at z0.
+    callback(t, latent) after each step, with the level reached. Returns the latent [B,C,h,w], which is at that
+    level (without `final` 1 for Stable Diffusion), not at z0.
     """
-    for t, t_to in denoising_steps(n_steps, start_step, len(alphas_cumprod), offset):
+    for t, t_to in denoising_steps(n_steps, start_step, len(alphas_cumprod), offset, final):
         if t == t_to and skip_identity:
             break
         z = ddim_step(z, predict(z, t), alphas_cumprod[t], alphas_cumprod[t_to])

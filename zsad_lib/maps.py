@@ -84,3 +84,21 @@ def image_score(maps, pool=8, repeats=8):
     for _ in range(repeats):
         maps = F.avg_pool2d(maps[:, None], pool, stride=1)[:, 0]
     return maps.amax(dim=(1, 2))
+
+
+def check_comparison(size, sigma=5, pool=8, mode="sum"):
+    """ValueError unless `compare` can work with these settings."""
+    if mode not in MODES:
+        raise ValueError(f"mode {mode!r} is unknown; use one of {list(MODES)}")
+    if sigma < 0:
+        raise ValueError(f"sigma must be 0 or more pixels, not {sigma}")
+    check_pools(size, pool)
+
+
+def compare(feats_x, feats_y, size, sigma=5, pool=8, mode="sum"):
+    """An image against its reconstruction: `anomaly_map`, `smooth` and `image_score` in one.
+
+    feats_x, feats_y: lists of [B,C,h,w]. Returns (maps float32 [B,size,size], image scores [B]).
+    """
+    distance = smooth(anomaly_map(feats_x, feats_y, size, mode), sigma)
+    return distance, image_score(distance, pool)

@@ -7,13 +7,14 @@ loader in LOADERS gives.
 import inspect
 
 from zsad_lib.backbones import load_backbone, load_features
-from zsad_lib.guidance import load_guided_or_plain
+from zsad_lib.guidance import load_guided, load_guided_or_plain
 from zsad_lib.methods.base import Method, MethodError, Scores
 from zsad_lib.methods.baselines import local_contrast, median, patch_knn
 from zsad_lib.methods.diffpath import DiffPath
 from zsad_lib.methods.divad import DIVAD
 from zsad_lib.methods.dzad import DZAD
 from zsad_lib.methods.stein_ssim import SteinSSIM
+from zsad_lib.methods.vlmdiff import VLMDiff
 from zsad_lib.pixel_models import load_pixel_model
 
 METHODS = {
@@ -24,10 +25,12 @@ METHODS = {
     "patch_knn": patch_knn,
     "stein_ssim": SteinSSIM,
     "diffpath": DiffPath,
+    "vlmdiff": VLMDiff,
 }
 
 PIXEL_METHODS = ("stein_ssim", "diffpath")  # their backbone is an unconditional model of pixels; scores, no maps
-LOADERS = {name: load_pixel_model for name in PIXEL_METHODS} | {"dzad": load_guided_or_plain}
+LOADERS = {name: load_pixel_model for name in PIXEL_METHODS}
+LOADERS |= {"dzad": load_guided_or_plain, "vlmdiff": load_guided}
 BASELINES = ("local_contrast", "median", "patch_knn")  # methods without any model
 # what a control row re-initialises (`make_method`'s random_weights), by what its label gets
 CONTROLS = {"": None, " (random U-Net)": "unet", " (random weights)": "all", " (untrained features)": "features"}

@@ -114,16 +114,12 @@ class DIVAD:
         map_size = map_size or min(256, self.size)
         if posterior not in ("mode", "sample"):
             raise MethodError(f"posterior {posterior!r} is unknown; use 'mode' or 'sample'")
-        if mode not in maps.MODES:
-            raise MethodError(f"mode {mode!r} is unknown; use one of {list(maps.MODES)}")
-        if sigma < 0:
-            raise MethodError(f"sigma must be 0 or more pixels, not {sigma}")
         try:
             prompt.format(category="")
         except (KeyError, IndexError, ValueError) as error:
             raise MethodError(f"prompt {prompt!r} is no template; its only field is {{category}}") from error
         try:
-            maps.check_pools(map_size, pool)
+            maps.check_comparison(map_size, sigma, pool, mode)
         except ValueError as error:
             raise MethodError(str(error)) from error
         self.config = {
@@ -219,10 +215,8 @@ class DIVAD:
         before = self.backbone.evaluations
         with torch.inference_mode():
             reconstruction, latent = self.reconstruct(images, ids, categories)
-            size, mode = self.config["map_size"], self.config["mode"]
-            distance = maps.anomaly_map(self.features(images), self.features(reconstruction), size, mode)
-            distance = maps.smooth(distance, self.config["sigma"])
-            image = maps.image_score(distance, self.config["pool"])
+            settings = [self.config[key] for key in ("map_size", "sigma", "pool", "mode")]
+            distance, image = maps.compare(self.features(images), self.features(reconstruction), *settings)
         evaluations = (self.backbone.evaluations - before) / len(images)
         details = {
             "reconstruction": to_host(reconstruction),
