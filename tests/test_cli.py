@@ -83,6 +83,7 @@ COMMANDS = [
     "train",
     "measure",
     "score",
+    "caption",
     "evaluate",
     "ood",
     "report",
@@ -227,7 +228,8 @@ def test_data_check_names_bad_files(tree):
 
 def test_data_list_and_make(tmp_path, monkeypatch):
     text = invoke("data", "list")
-    assert "\nmvtec_ad: MVTec" in text and "CC BY-NC-SA" in text and "real_iad (no reader yet)" in text
+    assert "\nmvtec_ad: MVTec" in text and "CC BY-NC-SA" in text and "visa (no reader yet)" in text
+    assert "\nreal_iad: Real-IAD" in text
     made = []
     monkeypatch.setattr("zsad_lib.synthad.export", made.append)
     invoke("data", "make", "synthad", "--out", tmp_path / "here")
@@ -332,3 +334,64 @@ def test_ood_prints_and_keeps_both_tables(tmp_path, monkeypatch):
     assert "| tiny | digits |" in " ".join(Path("here/matrix.md").read_text().split())
     assert "(random U-Net)" not in invoke(*words, "--no-control", "--reading", "DiffPath-1D")
     assert "no reading 'none'" in invoke(*words, "--reading", "none", code=2)
+
+
+def caption(tree, *words, code=0):
+    return invoke("caption", "mvtec_ad", "--root", tree, "--device", "cpu", *words, code=code)
+
+
+def test_caption_writes_a_file_and_goes_on(tree):
+    from zsad_lib.captions import read_captions
+
+    told = caption(tree, "--limit", 2, "--category", "lid")
+    path = Path("runs/captions/mvtec_ad-lite-captioner-objects.jsonl")
+    assert f"4 captions, in {path}" in told and "lite-captioner (sha256:" in told
+    first = path.read_bytes()
+    assert set(read_captions(path)) == {f"lid/test/{defect}/{i:03}" for defect in ("good", "spot") for i in range(2)}
+    assert "16 captions" in caption(tree, "--batch-size", 5)
+    assert path.read_bytes().startswith(first) and len(read_captions(path)) == 16
+    save(np.full((16, 16, 3), 90, np.uint8), tree / "lid" / "train" / "good" / "000.png")
+    caption(tree, "--split", "train", "--out", "there/train.jsonl", "--prompt-type", "scenes")
+    caption(tree, "--split", "both", "--out", "there/both.jsonl")
+    train, both = read_captions("there/train.jsonl"), read_captions("there/both.jsonl")
+    assert set(train) == {"lid/train/good/000"} and set(both) == set(train) | set(read_captions(path))
+
+
+def test_caption_asks_a_model_that_can_be_asked(tree):
+    import tiny_captioners as tiny
+
+    from zsad_lib.backbones import quiet
+
+    with quiet(bars=True):
+        Path("models/speaker").mkdir(parents=True)
+        tiny.save_llava(Path("models/speaker"))
+    words = ["--model", "models/speaker", "--limit", 1]
+    caption(tree, *words, "--prompt-type", "inspector")
+    caption(tree, *words, "--prompt", "What is it?")
+    lines = {
+        kind: [
+            json.loads(line) for line in Path(f"runs/captions/mvtec_ad-speaker-{kind}.jsonl").read_text().splitlines()
+        ]
+        for kind in ("inspector", "custom")
+    }
+    assert {line["prompt"] for line in lines["custom"]} == {"What is it?"}
+    assert all("inspect" in line["prompt"] and line["model"] == "speaker" for line in lines["inspector"])
+    assert "4 captions" in caption(tree, *words, "--prompt", "And this?", "--overwrite")
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--prompt", "What is it?"], "zsad: lite-captioner takes no prompt: leave --prompt out"),
+        (["--revision", "v2"], "has no revision 'v2'"),
+        (["--model", "no-such-model"], "'no-such-model' is no folder"),
+        (["--batch-size", "0"], "batch_size must be 1 or more"),
+        (["--category", "cup"], "has no category 'cup'"),
+    ],
+)
+def test_caption_errors_are_one_line(tree, monkeypatch, capsys, words, message):
+    monkeypatch.setattr(sys, "argv", ["zsad", "caption", "mvtec_ad", "--root", str(tree), *words])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    errors = capsys.readouterr().err
+    assert stop.value.code == 2 and message in errors and len(errors.strip().splitlines()) == 1

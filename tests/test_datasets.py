@@ -1,3 +1,4 @@
+import json
 import sys
 import types
 
@@ -366,6 +367,150 @@ def test_synthad_is_exported_once(tmp_path, monkeypatch):
     first, second = load_dataset("synthad"), load_dataset("synthad")
     assert exported == [tmp_path / "synthad"]
     assert first == second and len(first) == 10
+
+
+# --- layouts with lists
+
+
+def real_iad_tree(root, lists="realiad_jsons"):
+    """Two categories, one of them with a view of a defective part that does not show the defect."""
+    (root / lists).mkdir(parents=True)
+    mask = np.zeros((4, 6), np.uint8)
+    mask[:2, :3] = 255
+    for category in ("audiojack", "zipper"):
+        entries = {"train": [], "test": []}
+        for split, number, view, kind in [
+            ("train", 1, 1, "OK"),
+            ("train", 1, 2, "OK"),
+            ("test", 2, 1, "OK"),
+            ("test", 3, 1, "HS"),
+            ("test", 3, 2, "OK"),
+        ]:
+            folder = f"NG/HS/S{number:04}" if number == 3 else f"OK/S{number:04}"
+            name = f"{folder}/{category}_{number:04}_{folder[:2]}_C{view}_20231021.jpg"
+            marked = name.replace(".jpg", ".png") if kind != "OK" else None
+            save(root / category / name, np.full((4, 6, 3), 100, np.uint8))
+            if marked:
+                save(root / category / marked, mask)
+            entry = {"category": category, "anomaly_class": kind, "image_path": name, "mask_path": marked}
+            entries[split].append(entry)
+        meta = {"meta": {"normal_class": "OK", "prefix": f"{category}/"}}
+        (root / lists / f"{category}.json").write_text(json.dumps(meta | entries))
+    return root
+
+
+@pytest.mark.parametrize("lists", ["realiad_jsons", "realiad_jsons/realiad_jsons"])
+def test_real_iad_layout(tmp_path, lists):
+    data = load_dataset("real_iad", real_iad_tree(tmp_path, lists))
+    assert data.categories == ("audiojack", "zipper") and len(data) == 6
+    assert [(s.id, s.label) for s in data if s.category == "zipper"] == [
+        ("zipper/test/HS/zipper_0003_NG_C1_20231021", 1),
+        ("zipper/test/good/zipper_0002_OK_C1_20231021", 0),
+        ("zipper/test/good/zipper_0003_NG_C2_20231021", 0),
+    ]
+    assert data[0].mask_path == tmp_path / "audiojack/NG/HS/S0003/audiojack_0003_NG_C1_20231021.png"
+    masks = load_masks(data.samples, 4)
+    assert masks[0].any() and not masks[1:3].any()
+    train = load_dataset("real_iad", tmp_path, categories="zipper", split="train")
+    assert len(train) == 2 and all((s.label, s.mask_path, s.split) == (0, None, "train") for s in train)
+
+
+def test_real_iad_without_a_category_or_a_list(tmp_path):
+    with pytest.raises(DatasetError, match="no category in .*audiojack/OK"):
+        load_dataset("real_iad", tmp_path)
+    real_iad_tree(tmp_path)
+    (tmp_path / "audiojack").rename(tmp_path / ".audiojack")
+    assert load_dataset("real_iad", tmp_path).categories == ("zipper",), "a partial download"
+    (tmp_path / "realiad_jsons" / "zipper.json").unlink()
+    with pytest.raises(DatasetError, match=r"no list at .*realiad_jsons/zipper\.json"):
+        load_dataset("real_iad", tmp_path)
+
+
+def test_real_iad_files_that_are_not_there(tmp_path):
+    real_iad_tree(tmp_path)
+    mask = tmp_path / "zipper/NG/HS/S0003/zipper_0003_NG_C1_20231021.png"
+    mask.unlink()
+    with pytest.raises(DatasetError, match=r"zipper_0003_NG_C1_20231021\.jpg has no mask at .*\.png"):
+        load_dataset("real_iad", tmp_path)
+    mask.with_suffix(".jpg").unlink()
+    with pytest.raises(DatasetError, match=r"zipper\.json lists .*zipper_0003_NG_C1_20231021\.jpg, which is not there"):
+        load_dataset("real_iad", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("{", "is not JSON"),
+        ("[]", 'must hold lists under "train" and "test"'),
+        ('{"train": []}', "must hold lists"),
+        ('{"train": {"a": 1}, "test": []}', "must hold lists"),
+        ('{"train": [], "test": []}', "lists no image"),
+        ('{"train": [], "test": [{"image_path": "a.jpg"}]}', "an entry without image_path or anomaly_class"),
+        ('{"train": [], "test": [{"image_path": 7, "anomaly_class": "OK"}]}', "an entry without image_path"),
+        ('{"train": [], "test": ["a.jpg"]}', "an entry without image_path"),
+    ],
+)
+def test_broken_lists_are_named(tmp_path, content, message):
+    (real_iad_tree(tmp_path) / "realiad_jsons" / "zipper.json").write_text(content)
+    with pytest.raises(DatasetError, match=r"zipper\.json .*" + message):
+        load_dataset("real_iad", tmp_path)
+
+
+def coco_ad_tree(root, splits=(0, 1)):
+    """Two training and three validation images; split i takes validation image i for anomalous."""
+    for folder, names in (("train2017", (9, 30)), ("val2017", (139, 285, 632))):
+        for name in names:
+            save(root / folder / f"{name:012}.jpg", np.full((4, 6, 3), 100, np.uint8))
+    for i in splits:
+
+        def entry(folder, name, anomaly, i=i):
+            mask = f"val2017_mask_ad_20_{i}/{name:012}.png" if anomaly else ""
+            if mask:
+                save(root / mask, np.full((4, 6, 3), 255, np.uint8))
+            path = f"{folder}/{name:012}.jpg"
+            return {"img_path": path, "mask_path": mask, "cls_name": "coco", "specie_name": "", "anomaly": anomaly}
+
+        train = [entry("train2017", 9 if i else 30, 0)]
+        test = [entry("val2017", name, int(i == k)) for k, name in enumerate((139, 285, 632))]
+        meta = {"train": {"coco": train}, "test": {"coco": test}}
+        (root / f"meta_20_{i}.json").write_text(json.dumps(meta))
+    return root
+
+
+def test_coco_ad_layout(tmp_path):
+    data = load_dataset("coco_ad", coco_ad_tree(tmp_path))
+    assert data.categories == ("coco_0", "coco_1") and len(data) == 6
+    assert [(s.id, s.label) for s in data.select(categories="coco_1")] == [
+        ("coco_1/test/anomalous/000000000285", 1),
+        ("coco_1/test/good/000000000139", 0),
+        ("coco_1/test/good/000000000632", 0),
+    ]
+    assert data[0].mask_path == tmp_path / "val2017_mask_ad_20_0/000000000139.png"
+    assert data[0].image_path == data[4].image_path == tmp_path / "val2017/000000000139.jpg"
+    assert load_masks(data.samples, 4).flatten(1).any(1).tolist() == [True, False, False] * 2
+    train = load_dataset("coco_ad", tmp_path, categories="coco_1", split="train")
+    assert [(s.id, s.label) for s in train] == [("coco_1/train/good/000000000009", 0)]
+
+
+def test_coco_ad_errors(tmp_path):
+    with pytest.raises(DatasetError, match=r"no meta_20_0\.json to meta_20_3\.json in .*data list"):
+        load_dataset("coco_ad", tmp_path)
+    coco_ad_tree(tmp_path, splits=(2,))
+    assert load_dataset("coco_ad", tmp_path).categories == ("coco_2",), "one split is enough"
+    meta = tmp_path / "meta_20_2.json"
+    text = meta.read_text()
+    (tmp_path / "val2017_mask_ad_20_2/000000000632.png").unlink()
+    with pytest.raises(DatasetError, match=r"000000000632\.jpg has no mask at .*val2017_mask_ad_20_2"):
+        load_dataset("coco_ad", tmp_path)
+    meta.write_text(text.replace("val2017_mask_ad_20_2/000000000632.png", ""))
+    with pytest.raises(DatasetError, match=r"meta_20_2\.json lists .*000000000632\.jpg as defective without a mask"):
+        load_dataset("coco_ad", tmp_path)
+    (tmp_path / "val2017" / "000000000285.jpg").unlink()
+    with pytest.raises(DatasetError, match=r"000000000285\.jpg, which is not there"):
+        load_dataset("coco_ad", tmp_path)
+    meta.write_text(text[:-5])
+    with pytest.raises(DatasetError, match=r"meta_20_2\.json is not JSON"):
+        load_dataset("coco_ad", tmp_path)
 
 
 # --- the real magnetic tiles

@@ -290,13 +290,13 @@ def load_features(name_or_path, device="auto", size=None, layers=None, random_we
     from transformers.utils import cached_file
 
     where = locate(name_or_path, FEATURE_FILES, "transformers vision model")
-    kind = fetch(where, None, AutoConfig.from_pretrained).model_type
+    kind = fetch(where, None, AutoConfig.from_pretrained, trust_remote_code=False).model_type
     if kind not in ("vit", "dinov2", "resnet"):
         raise BackboneError(f"{where.name} is a {kind!r} model; features come from 'vit', 'dinov2' or 'resnet' models")
     if kind != "resnet" and layers is not None:
         raise BackboneError(f"{where.name} is a {kind!r} model: its last layer is used, `layers` is for ResNets")
     options = {"add_pooling_layer": False} if kind == "vit" else {}  # DINO's files have no pooler
-    model = read_weights(where, None, AutoModel, heads=True, dtype=torch.float32, **options)
+    model = read_weights(where, None, AutoModel, True, dtype=torch.float32, trust_remote_code=False, **options)
     if random_weights:
         model = _reinitialised(model, type(model), **options)
     model = model.to(device).eval().requires_grad_(False)

@@ -1,4 +1,4 @@
-"""The command `zsad`: data, training, scoring, evaluation and the report, each a thin layer over the library.
+"""The command `zsad`: data, training, scoring, captions, evaluation, the report; each a thin layer over the library.
 
 Every command imports what it needs when it runs, so `zsad --help` answers at once.
 """
@@ -23,6 +23,7 @@ app.add_typer(data, name="data")
 
 KNOWN_ERRORS = {  # their messages say what to do; a module that is not loaded cannot have raised one
     "backbones": "BackboneError",
+    "captions": "CaptionError",
     "datasets": "DatasetError",
     "manifest": "ManifestError",
     "methods.base": "MethodError",
@@ -34,6 +35,8 @@ KNOWN_ERRORS = {  # their messages say what to do; a module that is not loaded c
 
 Format = StrEnum("Format", ["table", "csv", "markdown", "latex"])
 Variant = StrEnum("Variant", ["exact", "official"])
+PromptType = StrEnum("PromptType", ["objects", "scenes", "inspector"])
+Split = StrEnum("Split", ["test", "train", "both"])
 RandomWeights = StrEnum("RandomWeights", ["unet", "all", "features"])
 
 Profile = Annotated[str, typer.Option(help="Names and sizes: lite (offline, CPU) or paper (SD, GPU).")]
@@ -230,6 +233,48 @@ def _parse_options(pairs: list[str], names: list[str]) -> dict:
         except ValueError:
             chosen[key] = value
     return chosen
+
+
+@app.command()
+def caption(
+    dataset: Annotated[str, typer.Argument(help="A dataset of `zsad data list`, or folder.")],
+    root: Annotated[Path | None, typer.Option(help="Its folder (default: data/DATASET).")] = None,
+    model: Annotated[
+        str, typer.Option(help="Folder, checkpoint name, or hub id of an image-text-to-text model.")
+    ] = "lite-captioner",
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
+    prompt_type: Annotated[
+        PromptType, typer.Option(help="What to ask: the main object, the whole scene, or an inspector's question.")
+    ] = PromptType.objects,
+    prompt: Annotated[str | None, typer.Option(help="Ask this instead.")] = None,
+    split: Annotated[Split, typer.Option(help="Which images.")] = Split.test,
+    category: Annotated[list[str], typer.Option(help="Only this one; repeatable.")] = [],  # noqa: B006
+    limit: Annotated[int | None, typer.Option(help="At most so many of each category and defect.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Images at a time.")] = 8,
+    out: Annotated[
+        Path | None, typer.Option(help="The file (default: runs/captions/DATASET-MODEL-PROMPTTYPE.jsonl).")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start the file anew.")] = False,
+    device: Device = "auto",
+) -> None:
+    """Describe the images of a dataset in words: a JSON Lines file with id, caption, model, revision and prompt.
+
+    An interrupted command, started again, goes on where it stopped; other selections of a dataset add to its file.
+    lite-captioner knows the drawings of synthad and takes no prompt.
+    """
+    from zsad_lib import captions
+    from zsad_lib.datasets import load_dataset
+
+    images = load_dataset(dataset, root, category or None, None if split == Split.both else str(split), limit)
+    captioner = captions.load_captioner(model, device, revision)
+    if prompt is not None and not captioner.prompted:
+        raise captions.CaptionError(f"{captioner.name} takes no prompt: leave --prompt out, or choose another --model")
+    path = out or captions.caption_path(dataset, captioner.name, "custom" if prompt is not None else str(prompt_type))
+    text = captions.PROMPTS[prompt_type] if prompt is None else prompt
+    said = captions.caption_dataset(images, captioner, path, text, batch_size, overwrite=overwrite)
+    empty = sum(not words for words in said.values())
+    note = f", {empty} of them empty" if empty else ""
+    typer.echo(f"{dataset} by {captioner.name} ({captioner.revision}): {len(said)} captions{note}, in {path}")
 
 
 # ------------------------------------------------------------------------------------ tables and report

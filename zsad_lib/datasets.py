@@ -3,6 +3,7 @@
 A dataset is a tuple of `Sample` (paths and labels); pixels are read only when asked for.
 """
 
+import json
 import os
 from collections import defaultdict
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ from PIL import Image, ImageOps
 from zsad_lib.manifest import load_manifest
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".pgm", ".ppm"}
+COCO_SPLITS = 4
 GREY16_MODES = {"I", "I;16", "I;16B", "I;16L", "I;16N"}
 EXIF_ORIENTATION = 0x0112
 
@@ -106,7 +108,8 @@ def load_dataset(name, root=None, categories=None, split="test", limit=None):
     is generated there when the folder does not exist. `mvtec_ad` reads any folder in the MVTec layout.
     `split`: "test", "train", or None for both. `categories` and `limit`: see `AnomalyDataset.select`.
     Raises DatasetError for an unknown name, a missing root (with what the manifest says about fetching it), a
-    root or a category without images, and a defective image without a mask.
+    root or a category without images, a defective image without a mask, and a list that is missing, broken or
+    names an image that is not there.
     """
     entry = _known_datasets().get(name)
     if entry is None or entry["reader"] is None:
@@ -203,6 +206,108 @@ def _read_folder(root):
         yield Sample(f"{category}/test/unknown/{stem}", path, category, -1, "unknown", None, "test")
 
 
+def _read_real_iad(root):
+    """{cat}/{OK,NG}/.., and realiad_jsons/{cat}.json with the lists "train" and "test" (Wang et al., CVPR 2024).
+
+    An entry of a list has image_path and mask_path, both below {cat}, and anomaly_class: "OK" becomes the defect
+    "good", whatever the folder, because a view of a defective part need not show the defect. The loaders of ADer and
+    VLMDiff read it so. The archive's realiad_jsons/realiad_jsons/{cat}.json is read as well, its other lists (one view,
+    noisy training) are not. A category whose folder is missing is left out.
+    """
+    lists = root / "realiad_jsons"
+    lists = lists / lists.name if (lists / lists.name).is_dir() else lists
+    categories = [path for path in _folders(root) if (path / "OK").is_dir() or (path / "NG").is_dir()]
+    if not categories:
+        raise DatasetError(
+            f"no category in {root}: expected folders such as {root}/audiojack/OK; move those of realiad_256, "
+            f"realiad_512 or realiad_1024 (one of them) up into it"
+        )
+    exists = _listing()
+    for category in categories:
+        source = lists / f"{category.name}.json"
+        for split, entries in _read_lists(source).items():
+            samples = []
+            for entry in entries:
+                image, kind = _values(source, entry, "image_path", "anomaly_class")
+                defect, mask = "good" if kind == "OK" else kind, entry.get("mask_path")
+                samples.append(_listed(source, exists, category, category.name, split, defect, image, mask))
+            yield from sorted(samples, key=lambda sample: sample.id)
+
+
+def _read_coco_ad(root):
+    """train2017, val2017, meta_20_{i}.json and val2017_mask_ad_20_{i} for the splits i = 0 to 3 (arXiv 2404.10760).
+
+    In split i the 20 kinds of objects from number 20·i on are anomalous. A meta file is {"train": {"coco": [..]},
+    "test": {"coco": [..]}}; an entry has img_path and mask_path, both below the root, specie_name (empty) and anomaly
+    (0 or 1): what ADer's script writes and VLMDiff's loader reads. Each split becomes a category, coco_0 to coco_3, so
+    that the mean over categories is the mean over splits; an image stands in all of them, each time with the truth of
+    that split. Splits whose meta file is missing are left out. The defect is specie_name, "anomalous" when it is empty.
+    """
+    sources = {f"coco_{i}": root / f"meta_20_{i}.json" for i in range(COCO_SPLITS)}
+    sources = {category: source for category, source in sources.items() if source.is_file()}
+    if not sources:
+        raise DatasetError(
+            f"no meta_20_0.json to meta_20_{COCO_SPLITS - 1}.json in {root}: `zsad data list` says how to write them"
+        )
+    exists = _listing()
+    for category, source in sources.items():
+        for split, entries in _read_lists(source).items():
+            samples = []
+            for entry in entries:
+                image, anomaly = _values(source, entry, "img_path", "anomaly")
+                defect = (entry.get("specie_name") or "anomalous") if anomaly else "good"
+                samples.append(_listed(source, exists, root, category, split, defect, image, entry.get("mask_path")))
+            yield from sorted(samples, key=lambda sample: sample.id)
+
+
+def _read_lists(path):
+    """{"train": [entry, ..], "test": [..]} of a JSON file that holds lists, or lists by class, under these names."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DatasetError(f"no list at {path}: it says what is normal and which mask is whose, restore it") from None
+    except ValueError as error:
+        raise DatasetError(f"{path} is not JSON ({error}): restore it") from error
+    lists = {}
+    for split in ("train", "test"):
+        part = content.get(split) if isinstance(content, dict) else None
+        classes = {"": part} if isinstance(part, list) else part
+        if not isinstance(classes, dict) or not all(isinstance(entries, list) for entries in classes.values()):
+            raise DatasetError(f'{path} must hold lists under "train" and "test": restore it')
+        lists[split] = [entry for entries in classes.values() for entry in entries]
+    if not any(lists.values()):
+        raise DatasetError(f"{path} lists no image: restore it")
+    return lists
+
+
+def _values(source, entry, path, truth):
+    """The values of an entry under two names, of which the first is a path."""
+    if not isinstance(entry, dict) or not isinstance(entry.get(path), str) or truth not in entry:
+        raise DatasetError(f"{source} has an entry without {path} or {truth}: {json.dumps(entry)[:200]}: restore it")
+    return entry[path], entry[truth]
+
+
+def _listing():
+    """exists(path), which reads each folder once: lists name 10^5 files, too many to ask for one by one."""
+    folders = {}
+
+    def exists(path):
+        if path.parent not in folders:
+            folders[path.parent] = set(os.listdir(path.parent)) if path.parent.is_dir() else set()
+        return path.name in folders[path.parent]
+
+    return exists
+
+
+def _listed(source, exists, root, category, split, defect, image, mask):
+    path = root / image
+    if not exists(path):
+        raise DatasetError(f"{source} lists {path}, which is not there: restore it, or remove the entry")
+    if defect != "good" and not mask:
+        raise DatasetError(f"{source} lists {path} as defective without a mask: restore it, or remove the entry")
+    return _sample(path, category, split, defect, root / mask if mask else None)
+
+
 def _sample(path, category, split, defect, mask):
     name = f"{category}/{split}/{defect}/{path.stem}"
     if defect == "good":
@@ -220,7 +325,13 @@ def _require_unique_ids(samples):
             raise DatasetError(f"{other.image_path} and {sample.image_path} would share the id {sample.id}: rename one")
 
 
-READERS = {"mvtec": _read_mvtec, "magnetic_tile": _read_magnetic_tile, "folder": _read_folder}
+READERS = {
+    "mvtec": _read_mvtec,
+    "magnetic_tile": _read_magnetic_tile,
+    "real_iad": _read_real_iad,
+    "coco_ad": _read_coco_ad,
+    "folder": _read_folder,
+}
 
 
 # --- pixels
