@@ -78,9 +78,11 @@ def test_the_threshold_parts_the_classes():
 
 def test_branch_weights_pull_normal_images_and_push_anomalous_ones():
     error_maps = np.array([[[0.5, 1.0, 2.0, 9.0]], [[0.01, 1.0, 2.0, 9.0]]])
-    pulled, pushed = dzad.branch_weights(error_maps, np.ones(2), np.array([False, True]))
+    judged = np.array([False, True])
+    pulled, pushed = dzad.branch_weights(error_maps, np.ones(2), judged, factor=2)
     assert pulled.tolist() == [[2.0, 1.0, 1.0, 1.0]]
     assert pushed.tolist() == [[1.0, 1.0, 0.5, 0.5]]
+    assert dzad.branch_weights(error_maps, np.ones(2), judged, "constant", 2).tolist() == [[[2.0] * 4], [[0.5] * 4]]
 
 
 def test_two_branches_without_weights_are_the_plain_feature_map():
@@ -210,6 +212,8 @@ def test_a_saved_model_gives_identical_output(saved, tmp_path):  # noqa: F811
     [
         ({"weighting": "late-4"}, "weighting 'late-4' is unknown; use one of .*late-3"),
         ({"decision": "vote"}, "decision 'vote' is unknown"),
+        ({"branch": "left"}, "branch 'left' is unknown"),
+        ({"factor": 0.5}, "factor must be 1 or more"),
         ({"map": "heat"}, "map 'heat' is unknown"),
         ({"map": "two-branch"}, "needs reference="),
         ({"weighting": "learned"}, "needs reference="),

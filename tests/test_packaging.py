@@ -182,7 +182,8 @@ def test_no_file_holds_a_path_of_one_machine():
 
 
 def test_checkpoints_stay_small():
-    sizes = {path: path.stat().st_size for path in (ROOT / "checkpoints").rglob("*") if path.is_file()}
+    files = {path.resolve() for path in (ROOT / "checkpoints").rglob("*") if path.is_file()}  # linked ones once
+    sizes = {path: path.stat().st_size for path in files}
     if not sizes:
         pytest.skip("no checkpoints in this checkout")
     assert not [str(path.relative_to(ROOT)) for path, size in sizes.items() if size >= 16 * MEGABYTE]

@@ -1,6 +1,7 @@
 """Recipes write directories that the ordinary loaders read."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -147,3 +148,18 @@ def test_the_captioner_learns_what_it_is_shown(in_tmp):
 def test_an_option_that_a_recipe_does_not_have_is_refused(in_tmp):
     with pytest.raises(training.TrainingError, match="lite-foundation has no option data"):
         recipes.train("lite-foundation", device="cpu", data="pictures")
+
+
+def test_equal_weights_are_stored_once(in_tmp):
+    for name, content in (("base", b"same"), ("new", b"same")):
+        Path(name, "vae").mkdir(parents=True)
+        Path(name, "vae", "weights.safetensors").write_bytes(content)
+        Path(name, "unet.safetensors").write_bytes(name.encode())
+    recipes.share_files(Path("new"), Path("base"))
+    link = Path("new/vae/weights.safetensors")
+    assert link.is_symlink() and link.read_bytes() == b"same" and not Path("new/unet.safetensors").is_symlink()
+    Path("base").rename("moved")
+    assert not link.exists()  # it was a link to the base, relative, and nothing else
+    Path("moved").rename("base")
+    recipes.share_files(Path("new"), Path("base"))  # a link stays a link
+    assert link.is_symlink() and link.read_bytes() == b"same"

@@ -4,6 +4,7 @@
 saves fp16 safetensors with a model card.
 """
 
+import filecmp
 import inspect
 import json
 import os
@@ -544,4 +545,20 @@ def train(name: str, out=None, steps=None, seed: int = 0, device: str = "auto", 
     out.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(out, ignore_errors=True)
     shutil.move(partial, out)
+    for source in (plan.get("autoencoder"), plan.get("base")):
+        if source:
+            share_files(out, Path(source))
     return out
+
+
+def share_files(out: Path, source: Path) -> None:
+    """Replace the weights in ``out`` that equal those of the model ``source`` by links, so that they are stored once.
+
+    As in the hub's own cache, a linked folder loads like any other. Only models that lie beside ``out`` are linked to.
+    """
+    for file in out.rglob("*.safetensors"):
+        twin = source / file.relative_to(out)
+        beside = source.resolve().parent == out.resolve().parent
+        if beside and twin.is_file() and not twin.is_symlink() and filecmp.cmp(file, twin, shallow=False):
+            file.unlink()
+            file.symlink_to(os.path.relpath(twin.resolve(), file.resolve().parent))

@@ -18,7 +18,7 @@ from zsad_lib.methods.base import MethodError, Scores, check_batch, image_noise,
 
 DECISIONS = ("class features", "weighted sum", "map maximum")
 MAPS = ("two-branch", "features", "noise errors")
-FACTOR = 2.0  # the two-branch weights stay within 1/FACTOR … FACTOR
+BRANCHES = ("level", "constant")
 GROUPS = {f"synthad-{name}": categories for name, categories in synthad.GROUPS.items()}
 
 
@@ -82,17 +82,22 @@ def best_threshold(scores, labels):
     return float(thresholds[best])
 
 
-def branch_weights(error_maps, level, anomalous):
+def branch_weights(error_maps, level, anomalous, branch="level", factor=1.1):
     """w_pn and w_pa of eqs. 14 and 15 at every latent position: float32 [I,h,w].
 
     error_maps: weighted noise errors [I,h,w]; level: [I], the mean error of the most similar normal features F_n;
-    anomalous: bool [I]. The paper gives no closed form. Reading "level": level/error, for an image judged normal never
-    below 1 (w_pn draws its features together where the noise was predicted better than is normal), for one judged
-    anomalous never above 1 (w_pa drives them apart where it was predicted worse), within 1/FACTOR … FACTOR.
+    anomalous: bool [I], how the image was judged. The paper gives no closed form. Readings:
+
+    - "level": level/error, for an image judged normal between 1 and `factor` (w_pn draws its features together where
+      the noise was predicted better than is normal), for one judged anomalous between 1/factor and 1 (w_pa drives them
+      apart where it was predicted worse).
+    - "constant": `factor` and 1/factor, the same at every position.
     """
+    low = np.where(anomalous, 1 / factor, 1.0)[:, None, None]
+    high = np.where(anomalous, 1.0, factor)[:, None, None]
+    if branch == "constant":
+        return np.broadcast_to(low * high, error_maps.shape).astype(np.float32)
     ratio = np.asarray(level)[:, None, None] / np.maximum(error_maps, 1e-12)
-    low = np.where(anomalous, 1 / FACTOR, 1.0)[:, None, None]
-    high = np.where(anomalous, 1.0, FACTOR)[:, None, None]
     return ratio.clip(low, high).astype(np.float32)
 
 
@@ -104,18 +109,24 @@ class Reading:
     features", distance to the nearest normal minus to the nearest anomalous matrix of the auxiliary set (eq. 12);
     "weighted sum", the mean of F' itself, which needs no auxiliary set; "map maximum", of the map, pooled eight times
     by `pool` pixels. map: "two-branch" (eqs. 14 and 15), "features" (both without their weights), "noise errors" (the
-    error maps, weighted). sigma: blur of the map, in its pixels. MethodError: unknown names.
+    error maps, weighted). branch, factor: see `branch_weights`. sigma: blur of the map, in its pixels. MethodError:
+    unknown names, a factor below 1.
     """
 
     weighting: str = weighting.DEFAULT
     multi_timestep: bool = True
     decision: str = "class features"
     map: str = "two-branch"
+    branch: str = "level"
+    factor: float = 1.1
     sigma: float = 4.0
     pool: int = 8
 
     def __post_init__(self):
-        for what, known in (("weighting", weighting.FORMULAS), ("decision", DECISIONS), ("map", MAPS)):
+        names = {"weighting": weighting.FORMULAS, "decision": DECISIONS, "map": MAPS, "branch": BRANCHES}
+        if self.factor < 1:
+            raise MethodError(f"factor must be 1 or more, not {self.factor}")
+        for what, known in names.items():
             if getattr(self, what) not in known:
                 raise MethodError(f"{what} {getattr(self, what)!r} is unknown; use one of {list(known)}")
 
@@ -176,7 +187,8 @@ class Reading:
             raise MethodError(f"map {self.map!r} compares with a reconstruction: measure with reconstruct=True")
         if self.map == "features":
             return measured.layers - measured.similarity
-        w = _resize(branch_weights(error_maps, level, judged), measured.similarity.shape[1:])
+        w = branch_weights(error_maps, level, judged, self.branch, self.factor)
+        w = _resize(w, measured.similarity.shape[1:])
         return measured.layers - w * measured.similarity
 
 
@@ -196,7 +208,7 @@ class DZAD:
     grid; the nearest level of `steps` DDIM steps at or below it). prompt: the paper uses none. map_size: of the map
     (default: the backbone's image size, at most 256). reference: an auxiliary set whose labelled images give the class
     features, "synthad-A", "synthad-B" or a dataset's name, at most `limit` of each category and defect; measured on the
-    first use. reading: weighting, multi_timestep, decision, map, sigma, pool; without a reference decision "weighted
+    first use. weighting … factor, sigma, pool: see `Reading`; without a reference decision "weighted
     sum" and map "features" are the default. MethodError on values that cannot work.
     """
 
@@ -217,6 +229,8 @@ class DZAD:
         multi_timestep=True,
         decision=None,
         map=None,
+        branch="level",
+        factor=1.1,
         sigma=4.0,
         pool=8,
         reference=None,
@@ -226,7 +240,7 @@ class DZAD:
         alone = reference is None
         decision = decision or ("weighted sum" if alone else "class features")
         chosen = map or ("features" if alone else "two-branch")
-        self.reading = Reading(weighting, multi_timestep, decision, chosen, float(sigma), pool)
+        self.reading = Reading(weighting, multi_timestep, decision, chosen, branch, float(factor), float(sigma), pool)
         if alone and self.reading.needs_reference:
             raise MethodError(f"{self.reading} needs reference=, the name of an auxiliary set with labels")
         self.model = backbone
