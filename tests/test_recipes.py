@@ -9,9 +9,10 @@ import torch
 from diffusers import DDPMPipeline
 from PIL import Image
 
-from zsad_lib import recipes, synthad, training
+from zsad_lib import guided_training, recipes, synthad, training
 from zsad_lib.backbones import load_backbone, load_features
 from zsad_lib.captions import load_captioner
+from zsad_lib.guidance import TRAINED, load_guided
 
 
 def test_unknown_recipe():
@@ -76,7 +77,8 @@ def test_the_features_recipe_writes_a_resnet_that_loads(in_tmp):
     features = load_features(out, device="cpu")
     maps = features(torch.rand(2, 3, 64, 64))
     assert len(maps) >= 2 and all(m.shape[0] == 2 and torch.isfinite(m).all() for m in maps)
-    drawn, redrawn = (np.load(f"training/lite-features-seed0/{name}.npy") for name in ("pool", "redrawn"))
+    work = next(Path("training").glob("lite-features*"))
+    drawn, redrawn = (np.load(work / f"{name}.npy") for name in ("pool", "redrawn"))
     assert redrawn.shape == drawn.shape and redrawn.dtype == np.uint8 and not np.array_equal(drawn, redrawn)
 
 
@@ -163,3 +165,64 @@ def test_equal_weights_are_stored_once(in_tmp):
     Path("moved").rename("base")
     recipes.share_files(Path("new"), Path("base"))  # a link stays a link
     assert link.is_symlink() and link.read_bytes() == b"same"
+
+
+TINY = {"train_on": "synthad-A", "per_category": 1, "steps": 2, "device": "cpu"}
+
+
+def test_dzad_recipe_writes_the_trained_parts_beside_their_base(in_tmp):
+    """Frozen parts stay the base's, to the last bit; guide and decoder have moved; other options, another name."""
+    out = recipes.train("dzad", timesteps=1200, **TINY)
+    assert out == Path("checkpoints/lite-dzad-a--per_category=1--timesteps=1200")
+    assert "zsad train lite-dzad-a --set per_category=1 --set timesteps=1200" in (out / "README.md").read_text()
+    model, base = load_guided(out, "cpu"), load_backbone("lite-group-a", "cpu")
+    assert len(model.backbone.alphas_cumprod) == 1200 and model.facts["train_on"] == "synthad-A"
+    before, after = base.unet.state_dict(), model.backbone.unet.state_dict()
+    frozen = {key for key in before if not key.startswith(TRAINED)}
+    assert frozen and all(torch.equal(before[key], after[key]) for key in frozen)
+    assert any(not torch.equal(before[key], after[key]) for key in set(before) - frozen)
+    assert any(p.abs().max() > 0 for p in model.guide.encoder.controlnet_mid_block.parameters())
+    assert not list(out.rglob("*vae*"))
+
+
+def test_vlmdiff_recipe_writes_a_pipeline_with_its_guide(in_tmp):
+    here = recipes.__file__.rpartition("/zsad_lib/")[0]
+    models = {"base": f"{here}/checkpoints/lite-foundation", "captioner": f"{here}/checkpoints/lite-captioner"}
+    options = {**TINY, **models, "train_on": "synthad", "unet_steps": 1, "vae_steps": 1, "widths": (16, 32, 32)}
+    out = recipes.train("vlmdiff", "new", **options)
+    model = load_guided(out, "cpu")
+    assert list(model.backbone.unet.config.block_out_channels) == [16, 32, 32]
+    assert "fine-tuned" in (out / "README.md").read_text()
+    said = json.loads(next(Path("training").glob("lite-vlmdiff*/captions.json")).read_text())
+    assert len(said) == 12 and all(caption.startswith("An image of") for caption in said)
+    with torch.no_grad():
+        seen = model.seeing(torch.rand(1, 3, 64, 64))
+        eps = seen.predict_noise(torch.randn(1, *model.backbone.latent_shape), 5, model.backbone.embed([""]))
+    assert eps.shape == (1, *model.backbone.latent_shape) and eps.isfinite().all()
+
+
+def test_texts_are_captions_or_empty(in_tmp):
+    backbone = load_backbone("lite-foundation", "cpu")
+    texts = guided_training.embed_texts(backbone, ["An image of a bottle", "An image of a screw"])
+    chosen = torch.arange(400) % 2
+    given = texts(chosen, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        known = backbone.embed(["", "An image of a bottle", "An image of a screw"])
+    which = torch.stack([(given - text).abs().amax((1, 2)) < 1e-5 for text in known]).int().argmax(0)
+    assert (which[which > 0] == chosen[which > 0] + 1).all()
+    assert (which == 0).float().mean() == pytest.approx(guided_training.EMPTY, abs=0.07)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("dzad", {}, "needs --train-on: synthad"),
+        ("lite-dzad-a", {"mode": "half"}, "mode 'half' is unknown"),
+        ("lite-dzad-a", {"initialisation": "zero"}, "initialisation 'zero' is unknown"),
+        ("lite-dzad-a", {"schedule": "longer"}, "schedule reading 'longer' is unknown"),
+    ],
+)
+def test_guidance_options_that_cannot_work(in_tmp, name, options, message):
+    options = {"per_category": 1, "steps": 1, "device": "cpu", "base": "lite-group-a", **options}
+    with pytest.raises(ValueError, match=message):
+        recipes.train(name, **options)

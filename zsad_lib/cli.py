@@ -125,14 +125,21 @@ def train(
     out: Annotated[Path | None, typer.Option(help="Where the checkpoint goes.")] = None,
     steps: Annotated[int | None, typer.Option(help="Training steps (default: the model's own).")] = None,
     data: Annotated[Path | None, typer.Option(help="A folder of images, for a model that trains on one.")] = None,
+    train_on: Annotated[
+        str | None, typer.Option(help="For dzad and vlmdiff: synthad, synthad-A, synthad-B, or a dataset's name.")
+    ] = None,
+    options: Annotated[
+        list[str], typer.Option("--set", help="Option of the recipe, e.g. --set timesteps=1400; repeatable.")
+    ] = [],  # noqa: B006
     seed: int = 0,
     device: Device = "auto",
     resume: Annotated[bool, typer.Option(help="Go on from the last saved state.")] = True,
 ) -> None:
-    """Train one of the compact models of the lite profile."""
+    """Train one of the compact models of the lite profile, or semantic guidance (dzad, vlmdiff) on any dataset."""
     from zsad_lib import recipes
 
-    given = {key: value for key, value in (("out", out), ("steps", steps), ("data", data)) if value is not None}
+    named = {"out": out, "steps": steps, "data": data, "train_on": train_on}
+    given = {key: value for key, value in named.items() if value is not None} | _parse_pairs(options)
     path = recipes.train(name, seed=seed, device=device, resume=resume, **given)
     typer.echo(f"{name} is in {path}")
 
@@ -223,11 +230,16 @@ def _parse_options(pairs: list[str], names: list[str]) -> dict:
     from zsad_lib.methods import method_options
 
     known = sorted({key for name in names for key in method_options(name)})
+    return _parse_pairs(pairs, known)
+
+
+def _parse_pairs(pairs: list[str], known: list[str] | None = None) -> dict:
     chosen = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
-        if not equals or key not in known:
-            raise typer.BadParameter(f"--set {pair}: expected NAME=VALUE with a name of {', '.join(known)}")
+        if not equals or (known and key not in known):
+            names = f" with a name of {', '.join(known)}" if known else ""
+            raise typer.BadParameter(f"--set {pair}: expected NAME=VALUE{names}")
         try:
             chosen[key] = json.loads(value)
         except ValueError:

@@ -50,6 +50,8 @@ def normal_images(train_on: str, work: Path, size: int, per_category: int, seed:
     train_on: "synthad", "synthad-A" or "synthad-B" for new drawings, or a dataset's name for its training split, kept
     below `root`. TrainingError when that has no normal image.
     """
+    if train_on is None:
+        raise TrainingError(f"this recipe needs --train-on: {', '.join(SYNTHAD)}, or a dataset's name")
     if train_on in SYNTHAD:
         categories = SYNTHAD[train_on]
         images, _ = draw_pool(work, categories, per_category, seed, size=size)

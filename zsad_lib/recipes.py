@@ -8,6 +8,7 @@ import filecmp
 import inspect
 import json
 import os
+import re
 import shutil
 from collections import Counter
 from itertools import pairwise
@@ -482,6 +483,7 @@ GROUP = {
 
 
 GUIDE = {"steps": 2500, "learning_rate": 3e-4, "per_category": 1600}
+PAPER_GUIDE = {"steps": 100_000, "learning_rate": 1e-5, "per_category": 1600}
 
 
 def _words(name: str) -> dict[str, str]:
@@ -495,8 +497,8 @@ RECIPES = {
     ),
     "lite-group-a": (train_pipeline, {"categories": tuple(synthad.GROUPS["A"]), **GROUP, **_words("lite-group-a")}),
     "lite-group-b": (train_pipeline, {"categories": tuple(synthad.GROUPS["B"]), **GROUP, **_words("lite-group-b")}),
-    "lite-dzad-a": (train_dzad, {**GUIDE, "train_on": "synthad-A", "base": "checkpoints/lite-group-a"}),
-    "lite-dzad-b": (train_dzad, {**GUIDE, "train_on": "synthad-B", "base": "checkpoints/lite-group-b"}),
+    "lite-dzad-a": (train_dzad, {**GUIDE, "train_on": "synthad-A", "base": "lite-group-a"}),
+    "lite-dzad-b": (train_dzad, {**GUIDE, "train_on": "synthad-B", "base": "lite-group-b"}),
     "lite-vlmdiff": (
         train_vlmdiff,
         # a narrower U-Net than its base's: what is shipped must stay small
@@ -517,15 +519,29 @@ RECIPES = {
     "lite-ddpm-synthad": (train_ddpm, {"categories": ALL, "per_category": 1200, "steps": 4000}),
     "lite-ddpm-cifar10": (train_ddpm, {"data": None, "steps": 3000}),
     "lite-captioner": (train_captioner, {"categories": ALL, "per_category": 1200, "steps": 1500}),
+    # on any dataset, with Stable Diffusion: `zsad train dzad --train-on visa`
+    "dzad": (train_dzad, {**PAPER_GUIDE, "train_on": None, "base": "stable-diffusion-1.5"}),
+    "vlmdiff": (
+        train_vlmdiff,
+        {**PAPER_GUIDE, "train_on": None, "base": "stable-diffusion-1.5", "captioner": None, "vae_steps": 10_000},
+    ),
+}
+SHIPPED = {  # recipe and set it is trained on, of the checkpoints in this repository
+    ("dzad", "synthad-A"): "lite-dzad-a",
+    ("dzad", "synthad-B"): "lite-dzad-b",
+    ("vlmdiff", "synthad"): "lite-vlmdiff",
 }
 
 
 def train(name: str, out=None, steps=None, seed: int = 0, device: str = "auto", resume: bool = True, **options) -> Path:
     """Train the checkpoint ``name`` (a key of RECIPES) and write it to ``out`` (default ``checkpoints/NAME``).
 
-    The work folder ``training/NAME-seedN`` holds the drawn images, the losses and the last state; with ``resume``
-    a stopped run goes on from there. The finished directory replaces ``out`` in one step. Returns ``out``.
+    "dzad" and "vlmdiff" need the option train_on, and are those of SHIPPED where it is one of theirs. An option that
+    differs from the recipe's is part of the name ("lite-dzad-a--timesteps=1400"): no variant overwrites another.
+    The work folder ``training/NAME-seedN`` holds the images, the losses and the last state; with ``resume`` a stopped
+    run goes on from there. The finished directory replaces ``out`` in one step. Returns ``out``.
     """
+    name = SHIPPED.get((name, options.get("train_on")), name)
     if name not in RECIPES:
         raise TrainingError(f"unknown recipe {name!r}; there are: {', '.join(RECIPES)}")
     if device == "auto":
@@ -535,7 +551,8 @@ def train(name: str, out=None, steps=None, seed: int = 0, device: str = "auto", 
     if unknown:
         raise TrainingError(f"{name} has no option {', '.join(sorted(unknown))}; it has: {', '.join(defaults)}")
     plan = {**defaults, **options, **({"steps": steps} if steps else {})}
-    out, work = Path(out or f"checkpoints/{name}"), Path("training") / f"{name}-seed{seed}"
+    label = variant(name, options)
+    out, work = Path(out or f"checkpoints/{label}"), Path("training") / f"{label}-seed{seed}"
     if not resume:
         shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True, exist_ok=True)
@@ -549,6 +566,16 @@ def train(name: str, out=None, steps=None, seed: int = 0, device: str = "auto", 
         if source:
             share_files(out, Path(source))
     return out
+
+
+def variant(name: str, options: dict) -> str:
+    """The name of what a recipe makes with these options: with --option=value for each that is not the recipe's own."""
+    recipe, defaults = RECIPES[name]
+    own = {key: p.default for key, p in inspect.signature(recipe).parameters.items()} | defaults
+    changed = {k: v for k, v in sorted(options.items()) if k not in ("root", "data", "train_on") and v != own[k]}
+    if "train_on" in options and options["train_on"] != own["train_on"]:
+        name = f"{name}-{options['train_on']}"
+    return name + "".join("--" + re.sub(r"[^\w.=-]+", "_", f"{key}={value}") for key, value in changed.items())
 
 
 def share_files(out: Path, source: Path) -> None:

@@ -226,7 +226,7 @@ library_name: {library}
 
 **Limits.** {limits}
 
-Written by `zsad train {name}`; the same command and seed on the same device give the same weights.
+Written by `zsad train {command}`; the same command and seed on the same device give the same weights.
 """
 
 
@@ -251,8 +251,9 @@ def write_card(out: Path, work: Path, library: str, what: str, limits: str, fact
     rows["licence"] = "Apache-2.0"
     lines = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
     name = work.name.rpartition("-seed")[0]
+    command = name.replace("--", " --set ")
     (out / "README.md").write_text(
-        CARD.format(name=name, library=library, what=what, rows=lines, limits=limits), encoding="utf-8"
+        CARD.format(name=name, command=command, library=library, what=what, rows=lines, limits=limits), encoding="utf-8"
     )
 
 
