@@ -3,18 +3,21 @@
 import gzip
 import json
 from copy import deepcopy
+from pathlib import Path
 
 import pytest
 import torch
 from diffusers import AutoencoderKL
-from test_backbones import tiny_parts
+from test_backbones import saved, tiny_parts  # noqa: F401 the fixture
 from test_guidance import fill, sd_unet, sd_vae, small
 from transformers import CLIPTextConfig, CLIPTextModel
+from typer.testing import CliRunner
 
 from conftest import shared_path
 from zsad_lib import convert
-from zsad_lib.backbones import BackboneError
-from zsad_lib.guidance import SemanticGuide
+from zsad_lib.backbones import BackboneError, load_backbone
+from zsad_lib.cli import app
+from zsad_lib.guidance import GuidedModel, SemanticGuide, load_guided
 
 
 @pytest.fixture(scope="module")
@@ -116,3 +119,79 @@ def test_nothing_is_filled_by_halves():
     assert all(torch.equal(tensor, before[name]) for name, tensor in target["vae"].state_dict().items())
     with pytest.raises(BackboneError, match="'clip' is no part"):
         convert.ldm_names("clip", target["vae"])
+
+
+# --- whole files
+
+
+@pytest.fixture(scope="module")
+def authors(saved, tmp_path_factory):  # noqa: F811
+    """(base folder, checkpoint file, backbone and guide that it holds): tiny networks with filled weights."""
+    backbone = load_backbone(saved, "cpu")
+    guide = SemanticGuide.from_unet(backbone.unet, backbone.scale_factor.bit_length() - 1, **convert.HINTS["imagenet"])
+    models = {"unet": backbone.unet, "guide": guide, "vae": backbone.vae, "text_encoder": backbone.text_encoder}
+    fill("unet", backbone.unet), fill("guide", guide), fill("vae", backbone.vae)
+    path = tmp_path_factory.mktemp("authors") / "epoch=9.ckpt"
+    torch.save({"state_dict": checkpoint(models) | {"betas": torch.zeros(9)}, "epoch": 9}, path)
+    return saved, path, backbone, guide
+
+
+def test_a_checkpoint_becomes_a_folder_that_predicts_the_same(authors, tmp_path):
+    base, path, backbone, guide = authors
+    unplaced = convert.convert_checkpoint(path, base, tmp_path / "new", dtype=torch.float32)
+    assert unplaced == []
+    assert not [file for file in (tmp_path / "new").rglob("*") if file.suffix in (".bin", ".ckpt", ".pt")]
+    model = load_guided(tmp_path / "new", "cpu")
+    size = backbone.image_size
+    z, images = torch.randn(2, *backbone.latent_shape), torch.rand(2, 3, size, size)
+    with torch.no_grad():
+        ours, theirs = (
+            m.seeing(images).predict_noise(z, 321, m.backbone.embed(["a bottle", ""]))
+            for m in (model, GuidedModel(backbone, guide.eval()))
+        )
+        assert torch.equal(ours, theirs)
+        assert torch.equal(model.backbone.encode(images), backbone.encode(images))
+    with pytest.raises(BackboneError, match="is there already"):
+        convert.convert_checkpoint(path, base, tmp_path / "new")
+
+
+def test_the_fine_tuned_autoencoder_takes_its_place(authors, tmp_path):
+    base, path, backbone, _ = authors
+    tuned = deepcopy(backbone.vae)
+    with torch.no_grad():
+        tuned.decoder.conv_out.bias.add_(1)
+    prefix = convert.PARTS["vae"][0]
+    alone = {key.removeprefix(prefix): t for key, t in checkpoint({"vae": tuned}).items()} | {
+        "loss.logvar": torch.ones(1)
+    }
+    torch.save(alone, tmp_path / "vae.ckpt")
+    unplaced = convert.convert_checkpoint(path, base, tmp_path / "new", tmp_path / "vae.ckpt", dtype=torch.float32)
+    assert unplaced == ["first_stage_model.loss.logvar"]
+    assert torch.equal(load_backbone(tmp_path / "new").vae.decoder.conv_out.bias, tuned.decoder.conv_out.bias)
+
+
+class Malicious:
+    def __reduce__(self):
+        return (Path.touch, (Path("ran"),))
+
+
+def test_pickled_code_is_never_run(authors, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"state_dict": {"a": torch.zeros(1)}, "callbacks": Malicious()}, "bad.ckpt")
+    with pytest.raises(BackboneError, match="no code in it is run"):
+        convert.convert_checkpoint("bad.ckpt", authors[0], "new")
+    assert not Path("ran").exists() and not Path("new").exists()
+    Path("words.ckpt").write_text("not a checkpoint")
+    for file, message in (("words.ckpt", "cannot be read"), ("none.ckpt", "no checkpoint file at")):
+        with pytest.raises(BackboneError, match=message):
+            convert.read_checkpoint(file)
+    torch.save({"state_dict": {}}, "empty.ckpt")
+    with pytest.raises(BackboneError, match="holds no tensors"):
+        convert.read_checkpoint("empty.ckpt")
+
+
+def test_convert_command(authors, tmp_path):
+    base, path, *_ = authors
+    run = CliRunner().invoke(app, ["convert", str(path), "--base", str(base), "--out", str(tmp_path / "new")])
+    assert run.exit_code == 0 and "every tensor placed" in run.output
+    assert load_guided(tmp_path / "new").guide.config.hint_std[0] == pytest.approx(0.229)

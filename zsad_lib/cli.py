@@ -145,6 +145,23 @@ def train(
 
 
 @app.command()
+def convert(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint file of VLMDiff or DiAD (CompVis names).")],
+    out: Annotated[Path, typer.Option(help="The new folder.")],
+    base: Annotated[str, typer.Option(help="The pipeline it was built on.")] = "stable-diffusion-1.5",
+    autoencoder: Annotated[Path | None, typer.Option(help="A file of the fine-tuned autoencoder alone.")] = None,
+    hint: Annotated[str, typer.Option(help="How the guide's images were scaled: imagenet or symmetric.")] = "imagenet",
+) -> None:
+    """Bring the authors' checkpoint into the diffusers layout, safetensors; names what found no place."""
+    from zsad_lib.convert import convert_checkpoint
+
+    unplaced = convert_checkpoint(checkpoint, base, out, autoencoder, hint)
+    for key in unplaced:
+        typer.echo(f"no place for {key}")
+    typer.echo(f"{out}: every tensor placed" if not unplaced else f"{out}: {len(unplaced)} keys found no place")
+
+
+@app.command()
 def measure(
     docs: Annotated[Path, typer.Option(help="Where the page and its pictures go.")] = Path("docs"),
     out: Runs = Path("runs"),

@@ -5,9 +5,16 @@ and what is left over are both known. Nothing depends on a width: Stable Diffusi
 The names follow from the structure of that code (`openaimodel.py`, `sgn.py`, `autoencoder.py`).
 """
 
+import json
 import re
+from pathlib import Path
 
-from zsad_lib.backbones import BackboneError
+import torch
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file
+
+from zsad_lib.backbones import BackboneError, load_backbone
+from zsad_lib.guidance import SETTINGS, SemanticGuide
 
 # the noise schedule, a table that newer transformers rebuild, and the ResNet-50 that a validation leaves behind
 NO_WEIGHTS = re.compile(
@@ -46,6 +53,64 @@ VAE = (
     (r"\.resnets\.", ".block."),
     (r"\.(down|up)samplers\.0\.", r".\1sample."),
 )
+
+
+HINTS = {  # how the images are scaled that the guide was trained on
+    "imagenet": {"hint_mean": (0.485, 0.456, 0.406), "hint_std": (0.229, 0.224, 0.225)},
+    "symmetric": {"hint_mean": (0.5, 0.5, 0.5), "hint_std": (0.5, 0.5, 0.5)},
+}
+
+
+def convert_checkpoint(checkpoint, base, out, autoencoder=None, hint="imagenet", dtype=torch.float16):
+    """Write a checkpoint of VLMDiff or DiAD as a folder that `guidance.load_guided` reads; the keys without a place.
+
+    checkpoint: its file (.safetensors, or a pickle, of which only tensors are loaded). base: the pipeline it was built
+    on (Stable Diffusion 1.5), as for `load_backbone`: gives the configurations, tokenizer and schedule, no weights.
+    autoencoder: a file of the fine-tuned autoencoder alone, in place of the checkpoint's. hint: how the guide's
+    images were scaled, "imagenet" in the authors' training or "symmetric". out: a new folder, safetensors in `dtype`.
+    BackboneError: an unreadable file, tensors that are missing, an `out` that is there.
+    """
+    if hint not in HINTS:
+        raise BackboneError(f"hint {hint!r} is unknown; use one of {list(HINTS)}")
+    if Path(out).exists():
+        raise BackboneError(f"{out} is there already: choose another folder")
+    state, model = read_checkpoint(checkpoint), load_backbone(base, "cpu", torch.float32)
+    guide = SemanticGuide.from_unet(model.unet, model.scale_factor.bit_length() - 1, **HINTS[hint])
+    parts = {"unet": model.unet, "vae": model.vae, "text_encoder": model.text_encoder}
+    unplaced = load_ldm(state, guide=guide, **parts)
+    if autoencoder:
+        alone = {f"{PARTS['vae'][0]}{key}": tensor for key, tensor in read_checkpoint(autoencoder).items()}
+        unplaced += load_ldm(alone, vae=model.vae)
+    pipeline = StableDiffusionPipeline(
+        **{name: part.to(dtype) for name, part in parts.items()}, tokenizer=model.tokenizer, scheduler=model.scheduler,
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    pipeline.save_pretrained(out)
+    guide.to(dtype).save_pretrained(Path(out) / "guide")
+    facts = {"mode": "only mid", "timesteps": len(model.alphas_cumprod), "schedule": "rebuilt",
+             "converted_from": Path(checkpoint).name}  # fmt: skip
+    (Path(out) / SETTINGS).write_text(json.dumps(facts, indent=1) + "\n")
+    return unplaced
+
+
+def read_checkpoint(path):
+    """The tensors of a checkpoint file by name, "state_dict" unpacked. Code in a pickle is never run (weights_only).
+
+    BackboneError when the file is missing, or holds anything but tensors and plain values.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise BackboneError(f"no checkpoint file at {path}")
+    try:
+        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0]
+        raise BackboneError(f"{path} cannot be read as tensors alone, and no code in it is run: {reason}") from error
+    state = state.get("state_dict", state) if isinstance(state, dict) else {}
+    state = {key: tensor for key, tensor in state.items() if isinstance(tensor, torch.Tensor)}
+    if not state:
+        raise BackboneError(f"{path} holds no tensors by name")
+    return state
 
 
 def load_ldm(state, **models):
