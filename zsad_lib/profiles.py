@@ -32,6 +32,10 @@ PROFILES = {
         },
         "vlmdiff": {
             "backbone": "lite-vlmdiff",
+            # the paper starts from pure noise (official, start_step 0); so small a model then draws another image, and
+            # on validation drawings t = 201 found more: 79 against 64 % pixel AUROC
+            "start": "matched",
+            "start_step": 7,
             "steps": 10,
             "guidance_scale": 9,
             "normalisation": "symmetric",
