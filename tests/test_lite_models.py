@@ -77,7 +77,8 @@ def test_pages_can_be_written_again(tmp_path, monkeypatch):
 
 
 def test_every_checkpoint_that_ships_has_a_card_with_measurements_and_its_training():
-    names = [*lite_models.PIPELINES, "lite-features", *lite_models.PIXEL_MODELS, lite_models.CAPTIONER]
+    names = [*lite_models.PIPELINES, *lite_models.GUIDED, "lite-features", *lite_models.PIXEL_MODELS]
+    names.append(lite_models.CAPTIONER)
     shipped = {name for name, entry in manifest.load_manifest()["checkpoints"].items() if entry["path"]}
     assert set(names) == shipped
     for name in names:
@@ -101,3 +102,12 @@ def test_noise_errors_are_lower_on_familiar_images():
     noise = torch.rand(len(drawn), 3, 32, 32, generator=torch.Generator().manual_seed(0))
     own, strange = (lite_models.noise_errors(x, (200,), ["lite-ddpm-synthad"]) for x in (drawn, noise))
     assert float(own.iloc[0, 0].split()[0]) < 0.5 * float(strange.iloc[0, 0].split()[0])
+
+
+def test_a_guide_predicts_the_noise_better_where_it_was_trained():
+    table = lite_models.guidance_table(["lite-dzad-a"], per_category=2, timesteps=(501,))["t = 501"]
+    errors = {row: float(cell.split()[0]) for row, cell in table.items()}
+    assert len(errors) == 4
+    own = "lite-dzad-a, group A: "
+    assert errors[own + "with the guide"] < 0.9 * errors[own + "its base, without a guide"]
+    assert errors[own + "with the guide"] < errors["lite-dzad-a, group B: with the guide"]

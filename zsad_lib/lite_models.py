@@ -17,12 +17,14 @@ from diffusers import DDIMPipeline, DDIMScheduler
 from zsad_lib import captions, ddim, manifest, plots, scoring, synthad
 from zsad_lib.backbones import load_backbone, load_features
 from zsad_lib.datasets import DatasetError, data_folder, load_dataset, load_images
+from zsad_lib.guidance import load_guided
 from zsad_lib.methods import BASELINES, CONTROLS, make_method
 from zsad_lib.pixel_models import load_pixel_model
 from zsad_lib.profiles import PROFILES, profile_options
 from zsad_lib.training import photograph_crops, read_log
 
 PIPELINES = {"lite-foundation": "AB", "lite-group-a": "A", "lite-group-b": "B"}  # and the groups each was trained on
+GUIDED = ("lite-dzad-a", "lite-dzad-b", "lite-vlmdiff")
 PIXEL_MODELS = ("lite-ddpm-synthad", "lite-ddpm-cifar10")
 CAPTIONER = "lite-captioner"
 NEAR = {"t_latent": 1, "t_denoise": 41}  # what a group's model redraws is new to it: it starts from little noise
@@ -133,9 +135,13 @@ def samples_table(names=PIPELINES, count: int = 12) -> pd.DataFrame:
 
 
 def loading_table() -> pd.DataFrame:
-    """Megabytes on disk and seconds to load, of every checkpoint, once the libraries are imported."""
+    """Megabytes on disk and seconds to load, of every checkpoint, once the libraries are imported.
+
+    A guide of DZAD is loaded with the base that it belongs to; weights that are links count where they are.
+    """
     loaders = {name: load_backbone for name in PIPELINES} | {"lite-features": load_features}
     loaders |= {name: load_pixel_model for name in PIXEL_MODELS} | {CAPTIONER: captions.load_captioner}
+    loaders |= {name: load_guided for name in GUIDED}
     rows = {}
     for name, load in loaders.items():
         folder = manifest.local_path(manifest.checkpoint_entry(name))
@@ -143,7 +149,7 @@ def loading_table() -> pd.DataFrame:
         start = time.perf_counter()
         load(folder)
         seconds = time.perf_counter() - start
-        size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+        size = sum(file.lstat().st_size for file in folder.rglob("*") if file.is_file())  # of a linked one, the link
         rows[name] = {"MB": round(size / 1e6, 1), "seconds to load": round(seconds, 2)}
     return pd.DataFrame(rows).T
 
@@ -183,6 +189,47 @@ def noise_errors(images: torch.Tensor, timesteps=(50, 200, 500), names=PIXEL_MOD
             error = (model.predict_noise(noisy, t) - noise).square().mean((1, 2, 3))
             rows[name][f"t = {t}"] = interval(1000 * error)
     return pd.DataFrame(rows).T.rename_axis("noise error")
+
+
+@torch.inference_mode()
+def guidance_table(names=GUIDED, per_category: int = 8, timesteps=(101, 501, 901)) -> pd.DataFrame:
+    """What the guides learned: noise errors times 1000 on held-out drawings of either group, at each timestep.
+
+    The same noise for every row. Of DZAD's models with the base they started from, of VLMDiff's with the captions.
+    """
+    rows = {}
+    for name in names:
+        for group, categories in synthad.GROUPS.items():
+            drawn = [held_out(category, per_category) for category in categories]
+            images, said = torch.cat([x for x, _ in drawn]), [caption for _, words in drawn for caption in words]
+            for how, (backbone, predict) in _predictions(name, images, said).items():
+                rows[f"{name}, group {group}: {how}"] = _latent_errors(backbone, predict, images, timesteps)
+    return pd.DataFrame(rows).T.rename_axis("noise error")
+
+
+def _predictions(name, images, said):
+    """{how: (backbone, its noise prediction (z, t) for these images)}."""
+    model, empty = load_guided(name, "cpu"), [""] * len(images)
+    seeing, plain = model.seeing(images), load_backbone(model.facts.get("base", name), "cpu")
+    kinds = {"its base, without a guide" if "base" in model.facts else "without the guide": (plain, empty)}
+    kinds["with the guide"] = (seeing, empty)
+    if "captioner" in model.facts:
+        kinds["with the guide and the caption"] = (seeing, said)
+    return {how: (model.backbone, _predictor(*kind, model.backbone)) for how, kind in kinds.items()}
+
+
+def _predictor(network, words, backbone):
+    text = backbone.embed(words)
+    return lambda z, t: network.predict_noise(z, t, text)
+
+
+def _latent_errors(backbone, predict, images, timesteps):
+    z, row = backbone.encode(images), {}
+    noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(0))
+    for t in timesteps:
+        noisy = ddim.add_noise(z, noise, backbone.alphas_cumprod[t])
+        row[f"t = {t}"] = interval(1000 * (predict(noisy, t) - noise).square().mean((1, 2, 3)))
+    return row
 
 
 # --- pictures -------------------------------------------------------------------------------------------------------
@@ -261,7 +308,7 @@ def _tables(runs):
     """Yields (title, words, frame, names of the checkpoints it is about)."""
     held = "on drawings that no training and no benchmark holds"
     yield "Size and loading", "Once the libraries are imported, on one machine.", loading_table(), ()
-    words = f"One autoencoder serves all three pipelines. PSNR {held}, and on photographs unlike any it saw."
+    words = f"One autoencoder serves all pipelines. PSNR {held}, and on photographs unlike any it saw."
     yield "Autoencoder", words, autoencoder_table(), tuple(PIPELINES)
     words = "Percent of samples (25 DDIM steps, guidance 2.5) in which the captioner names the category asked for."
     yield "Samples", words, samples_table(), tuple(PIPELINES)
@@ -269,6 +316,11 @@ def _tables(runs):
     for title, images in pixel_images().items():
         words = "Mean squared error of the predicted noise, times 1000; 1000 is predicting nothing."
         yield f"Noise prediction, {title}", words, noise_errors(images), PIXEL_MODELS
+    words = (
+        "Squared error of the predicted noise in latents, times 1000; 1000 is predicting nothing. A guide shows the "
+    )
+    words += "U-Net the clean image; DZAD's have seen the normal images of one group, VLMDiff's those of both."
+    yield "Semantic guidance", words, guidance_table(), GUIDED
     for test, (backbone, features, groups, start) in TESTS.items():
         where = "all of synthad" if groups == "AB" else f"synthad's group {groups}, which it never saw"
         begin = f", from t = {start['t_latent']} told {start['t_denoise']}" if start else ""

@@ -24,7 +24,7 @@ from zsad_lib import manifest, scoring
 from zsad_lib.datasets import DatasetError, load_dataset
 from zsad_lib.methods import BASELINES, CONTROLS, make_method, method_options
 from zsad_lib.plots import Gallery
-from zsad_lib.profiles import PROFILES, profile_options
+from zsad_lib.profiles import CROSS, PROFILES, profile_options
 
 NOTEBOOKS = Path("notebooks")
 DATASETS = ("synthad", "magnetic_tile")
@@ -144,6 +144,15 @@ def run_notebook(path: Path, out: Path, profile: str, seed: int) -> Path:
     return page
 
 
+def _models(profile: str) -> list[str]:
+    """The checkpoints of the manifest that a profile names."""
+    settings = PROFILES[profile]
+    named = [settings, *(part for part in settings.values() if isinstance(part, dict))]
+    names = {part.get("backbone") for part in named} | {model for _, model in CROSS[profile].values()}
+    names |= {name for part in named for name in part.get("features", "").split("+")}
+    return sorted(names & set(manifest.load_manifest()["checkpoints"]))
+
+
 def provenance(profile: str, seed: int, durations: dict[str, float]) -> dict:
     """What it takes to rerun this: code revision, versions, hashes of checkpoints and data, machine, durations."""
 
@@ -152,7 +161,7 @@ def provenance(profile: str, seed: int, durations: dict[str, float]) -> dict:
         return done.stdout.strip() if done.returncode == 0 else ""
 
     checkpoints = {}
-    for name in {PROFILES[profile]["backbone"], *PROFILES[profile]["features"].split("+")} - {"pixels"}:
+    for name in _models(profile):
         entry = manifest.checkpoint_entry(name)
         folder = manifest.local_path(entry)
         checkpoints[name] = manifest.folder_hash(folder) if folder else entry.get("revision")
