@@ -4,6 +4,7 @@ import types
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from test_scoring import save, write_tree
@@ -86,6 +87,7 @@ COMMANDS = [
     "caption",
     "evaluate",
     "ood",
+    "dzad",
     "report",
 ]
 
@@ -247,6 +249,26 @@ def test_train_and_report_pass_their_options_on(monkeypatch):
     invoke("report", "--only", "02", "--out", "there", "--seed", 3)
     assert calls[0] == (("lite-foundation",), {"steps": 5, "seed": 2, "device": "auto", "resume": False})
     assert calls[1] == ((), {"profile": "lite", "out": Path("there"), "only": "02", "seed": 3})
+
+
+def test_dzad_writes_and_prints_every_table(tmp_path, monkeypatch):
+    from zsad_lib import dzad_tables
+
+    calls = []
+
+    def study(*args, **options):
+        calls.append((args, options))
+        table = pd.DataFrame({"DZAD (measured, lite)": ["57.1 [48.0, 66.0]"]}, index=["synthad-B: mean"])
+        return {"table1": table, "table2": table}, pd.DataFrame({"value": [0.571]}), {"magnetic_tile": "no folder"}
+
+    monkeypatch.setattr(dzad_tables, "study", study)
+    text = invoke("dzad", "--target", "synthad-B", "--limit", 2, "--every", 3, "--out", tmp_path / "new")
+    given = {"limit": 2, "every": 3, "reference_limit": 3, "n_bootstrap": 200, "seed": 0, "device": "auto"}
+    assert calls == [(("lite", ["synthad-B"]), {**given, "runs": tmp_path / "new", "progress": None})]
+    assert text.count("57.1 [48.0, 66.0]") == 2 and "left out: magnetic_tile: no folder" in text
+    assert "57.1 [48.0, 66.0]" in (tmp_path / "new/table2.md").read_text()
+    assert (tmp_path / "new/aurocs.csv").read_text() == "value\n0.571\n"
+    assert "no profile 'huge'" in invoke("dzad", "--profile", "huge", code=2)
 
 
 @pytest.mark.parametrize(

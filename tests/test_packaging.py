@@ -17,7 +17,7 @@ FLOORS = [
     ["canvas", "scenes", "synthad", "metrics", "manifest", "weighting", "toy"],
     ["datasets", "backbones", "pixel_models", "image_sets", "maps", "ddim", "guidance", "convert"],
     ["methods", "noise_errors"],
-    ["profiles", "training", "scoring", "captions", "ood"],
+    ["profiles", "training", "scoring", "captions", "ood", "dzad_tables"],
     ["guided_training", "recipes", "plots", "widgets"],
     ["lite_models", "report", "cli"],
 ]

@@ -292,12 +292,13 @@ def format_table(frame, metrics=None) -> pd.DataFrame:
     metrics = present if metrics is None else list(metrics)
     if not set(metrics) <= set(present):
         raise ValueError(f"no such metric: {sorted(set(metrics) - set(present))}; the frame has {present}")
-    cells = frame.assign(cell=[_cell(*row) for row in zip(frame.value, frame.low, frame.high, strict=True)])
+    cells = frame.assign(cell=[format_cell(*row) for row in zip(frame.value, frame.low, frame.high, strict=True)])
     table = cells.pivot(index="category", columns="metric", values="cell")
     return table.loc[list(dict.fromkeys(frame["category"])), metrics]
 
 
-def _cell(value, low, high):
+def format_cell(value, low, high):
+    """A fraction and its interval in percent, "87.2 [84.1, 90.0]"; no bracket where low is NaN, "n/a" without value."""
     if np.isnan(value):
         return "n/a"
     return f"{100 * value:.1f}" + ("" if np.isnan(low) else f" [{100 * low:.1f}, {100 * high:.1f}]")

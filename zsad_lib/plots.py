@@ -199,6 +199,24 @@ def quartile_curves(timesteps: Sequence[int], panels: dict[str, dict], linear: S
     return figure
 
 
+def interval_curves(panels: dict[str, dict], label: str = "") -> Figure:
+    """Values with their intervals, one panel a title: {title: {name: (x, value, low, high)}}, four arrays [K] each.
+
+    label: what x is. The curves stand a little apart, so that their intervals can be told.
+    """
+    figure, axes = plt.subplots(1, len(panels), figsize=(5.25 * len(panels), 3.2), squeeze=False)
+    for axis, (title, curves) in zip(axes.flat, panels.items(), strict=True):
+        for k, (name, (x, value, low, high)) in enumerate(curves.items()):
+            x = np.asarray(x) + (k - (len(curves) - 1) / 2) * 0.01 * np.ptp(x)
+            spread = np.stack([np.subtract(value, low), np.subtract(high, value)]).clip(0)
+            axis.errorbar(x, value, spread, marker="o", capsize=3, label=name)
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel(label)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="center left", bbox_to_anchor=(1, 0.5), fontsize=9)
+    figure.tight_layout()
+    return figure
+
+
 def score_on_a_line(line: LineModel, levels: Sequence[int]) -> Figure:
     """The density of a line model at the timesteps `levels`, and below it the score; arrows show where it points."""
     x = torch.linspace(-2.5, 2.5, 501, dtype=torch.float64)

@@ -1,0 +1,361 @@
+"""zsad_lib.dzad_tables: the paper's rows and columns, its printed figures, the pass that is kept."""
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from test_dzad import SMALL, guided_model, made_up
+from test_scoring import write_tree
+
+from conftest import shared_path
+from zsad_lib import dzad_tables, guidance, plots, weighting
+from zsad_lib.backbones import BackboneError, load_features
+from zsad_lib.datasets import DatasetError, load_dataset
+from zsad_lib.dzad_tables import ABLATION, FULL, UNGUIDED, Direction, component_label, component_reading
+from zsad_lib.methods import MethodError, make_method
+from zsad_lib.profiles import CROSS
+
+SHARED = {
+    1: "dzad_table1_mvtec_image_auroc", 2: "dzad_table2_auroc", 3: "dzad_table3_architecture_ablation",
+    4: "dzad_table4_weight_function_ablation",
+}  # fmt: skip
+
+
+def direction(target="synthad-B", auxiliary="synthad-A", shift=2.0):
+    """Two categories of made-up measurements in which an anomalous image differs at one place and the last stage."""
+    parts = [made_up(seed=seed, shift=shift) for seed in (1, 2)]
+    measured = dzad_tables.join(parts)
+    samples = [
+        SimpleNamespace(id=name, category=category, label=int(label))
+        for category, part in zip(("gauge", "leather"), parts, strict=True)
+        for name, label in zip(part.errors.ids, part.labels, strict=True)
+    ]
+    masks = np.zeros((12, 8, 8), bool)
+    masks[measured.labels == 1, 2:4, 4:6] = True
+    flat = np.zeros(12)
+    frame = pd.DataFrame({"category": [s.category for s in samples], "label": measured.labels, "pred_score": flat})
+    results = SimpleNamespace(frame=frame, maps=np.zeros((12, 8, 8), np.float32), masks=masks)
+    both = {"SGSD": measured, "SD": measured}
+    reference = dict.fromkeys(both, made_up(seed=9, shift=shift))
+    return Direction(target, auxiliary, samples, masks, both, reference, {"patch_knn": results})
+
+
+@pytest.fixture(scope="module")
+def directions():
+    return {name: direction(name, other) for name, (other, _) in list(CROSS["lite"].items())[:2]}
+
+
+@pytest.fixture
+def plain_maps(monkeypatch):
+    """Maps of 8 pixels cannot be blurred and pooled as those of the profile."""
+    monkeypatch.setattr(dzad_tables, "reading_options", lambda profile: {"sigma": 0, "pool": 1})
+
+
+# --- what is printed
+
+
+@pytest.mark.parametrize("table", SHARED)
+def test_printed_figures_are_the_shared_ones(table):
+    pd.testing.assert_frame_equal(
+        dzad_tables.printed(table), pd.read_csv(shared_path(f"published/{SHARED[table]}.csv"))
+    )
+
+
+def test_printed_means_are_those_of_their_categories():
+    """A figure that was typed wrongly would show in its column's mean."""
+    known = dzad_tables.printed(1).set_index("category")
+    assert len(known) == 16
+    np.testing.assert_allclose(known.drop(index="mean").mean(), known.loc["mean"], atol=0.02)
+
+
+def test_rows_of_table_3_are_the_printed_ones():
+    printed = dzad_tables.printed(3)
+    assert [tuple(row) for row in printed.iloc[:, :5].to_numpy()] == list(ABLATION)
+    labels = ["SD", "SGSD", "SGSD + M_t", "SGSD + F_b", "SGSD + M_t + w_t", "SGSD + M_t + F_b + w_t"]
+    assert [component_label(row) for row in ABLATION] == labels
+    assert component_label(UNGUIDED) == "SD + M_t + F_b + w_t"
+
+
+def test_rows_of_table_4_are_the_printed_ones():
+    printed = dzad_tables.printed(4).weight_function
+    ours = [formula.replace("·", "*").replace(" ", "") for formula in weighting.FORMULAS.values()]
+    assert ours[:-1] == [name.replace(" ", "") for name in printed] and ours[-1].startswith("learned")
+
+
+# --- rows
+
+
+@pytest.mark.parametrize("row", [*ABLATION, UNGUIDED])
+def test_a_row_has_the_components_it_names(row):
+    model, reading = component_reading(row, "weighted sum", sigma=2.0)
+    _, guided, many, branches, weighted = row
+    assert model == ("SGSD" if guided else "SD") and reading.multi_timestep == bool(many)
+    assert reading.map == ("two-branch" if branches else "noise errors")
+    assert reading.weighting == ("late-3" if weighted else "one")
+    assert reading.decision == "weighted sum" and reading.sigma == 2.0
+
+
+def test_rows_have_the_blur_of_their_profile():
+    rows = dzad_tables.ablation_rows("lite", extra=True)
+    assert len(rows) == 7 and {reading.sigma for _, reading in rows.values()} == {1.5}
+    assert list(dzad_tables.weighting_rows("paper")) == list(weighting.FORMULAS)
+    assert dzad_tables.full_rows("lite")["DZAD"] == rows[component_label(FULL)]
+
+
+# --- numbers and tables
+
+
+def test_perfect_separation_is_100_percent(directions, plain_maps):
+    frame = dzad_tables.measure(directions, dzad_tables.full_rows("lite"), n_bootstrap=20)
+    assert set(frame.category) == {"gauge", "leather", "mean"} and list(frame.columns) == dzad_tables.COLUMNS
+    assert (frame[frame.metric == "image_auroc"].value == 1).all()
+    assert (frame[frame.metric == "pixel_auroc"].value > 0.99).all()
+    table = dzad_tables.table2(frame, "lite")
+    assert table.loc["synthad-B: image AUROC", "DZAD (measured, lite)"] == "100.0 [100.0, 100.0]"
+
+
+def test_rows_use_their_own_model_and_its_reference(directions, plain_maps):
+    """Without the guide nothing separates here, so the rows without it are at chance."""
+    one = directions["synthad-B"]
+    errors = one.measured["SD"].errors
+    same = replace(errors, errors=np.ones_like(errors.errors), maps=np.ones_like(errors.maps))
+    blind = replace(one.measured["SD"], errors=same)
+    mixed = replace(one, measured={"SGSD": one.measured["SGSD"], "SD": blind})
+    rows = dzad_tables.ablation_rows("lite", extra=True)
+    frame = dzad_tables.measure({"synthad-B": mixed}, rows, n_bootstrap=0)
+    values = frame[(frame.category == "mean") & (frame.metric == "image_auroc")].set_index("row").value
+    assert values["SD"] == values[component_label(UNGUIDED)] == 0.5
+    assert values[component_label(FULL)] == values["SGSD + M_t"] == 1
+
+
+def test_tables_have_the_papers_rows_and_both_kinds_of_columns(directions, plain_maps):
+    full = dzad_tables.measure(directions, dzad_tables.full_rows("lite"), n_bootstrap=5)
+    full = pd.concat([full, dzad_tables.measure_baselines(directions, n_bootstrap=5)])
+    one, two = dzad_tables.table1(full, "lite"), dzad_tables.table2(full, "lite")
+    measured = ["DZAD (measured, lite)", "patch_knn (measured, lite)"]
+    assert list(one) == measured + [f"{name} (printed)" for name in dzad_tables.printed(1).columns[1:]]
+    assert list(two) == measured + [f"{name} (printed)" for name in dzad_tables.printed(2).columns[2:]]
+    assert [row for row in one.index if row.startswith("MVTec")] == [
+        f"MVTec AD: {name}" for name in dzad_tables.printed(1).category
+    ]
+    assert one.loc["MVTec AD: cable", "DZAD (printed)"] == "54.2"
+    assert (one.loc["MVTec AD: cable", measured] == "not run").all()
+    assert (one.loc["synthad-A: gauge"].drop(measured) == "not printed").all()
+    assert one.loc["synthad-A: gauge", "patch_knn (measured, lite)"].startswith("50.0 [")
+    assert two.loc["VisA: pixel AUROC", "SAM (printed)"] == "92.6" and len(two) == 4 + 6
+
+
+def test_a_set_that_the_paper_prints_shares_its_row(directions, plain_maps):
+    frame = dzad_tables.measure({"visa": directions["synthad-B"]}, dzad_tables.full_rows("lite"), n_bootstrap=0)
+    table = dzad_tables.table2(frame, "paper")
+    assert table.loc["VisA: image AUROC"].tolist()[0] == "100.0"
+    assert table.loc["VisA: image AUROC", "DZAD (printed)"] == "90.2" and len(table) == 6
+
+
+def test_table_3_and_4_and_the_decisions(directions, plain_maps):
+    frames = {
+        d: dzad_tables.measure(directions, dzad_tables.ablation_rows("lite", d, extra=True), n_bootstrap=0)
+        for d in dzad_tables.DECISIONS
+    }
+    three = dzad_tables.table3(frames["class features"], "lite")
+    assert list(three.index) == [component_label(row) for row in (*ABLATION, UNGUIDED)]
+    assert list(three)[:5] == list(dzad_tables.COMPONENTS) and three.loc["SD"].tolist()[:5] == ["✓", "", "", "", ""]
+    assert three["MVTec AD: image AUROC (printed)"].tolist() == [
+        *(f"{100 * v:.1f}" for v in dzad_tables.printed(3).image_auroc), "not printed"
+    ]  # fmt: skip
+    assert three.loc[component_label(FULL), "synthad-A: image AUROC (measured, lite)"] == "100.0"
+    four = dzad_tables.table4(dzad_tables.measure(directions, dzad_tables.weighting_rows("lite"), 0), "lite")
+    assert list(four.index) == list(weighting.FORMULAS.values())
+    assert four["VisA: image AUROC (printed)"].tolist()[-2:] == ["90.2", "not printed"]
+    decisions = dzad_tables.decisions_table(frames, "lite")
+    assert list(decisions)[:3] == [f"synthad-B: {d}" for d in dzad_tables.DECISIONS] and decisions.shape == (7, 6)
+
+
+def test_a_missing_set_is_left_out_and_said(monkeypatch, directions):
+    def measure_direction(profile, target, **_):
+        if target == "magnetic_tile":
+            raise DatasetError("no folder at data/magnetic_tile")
+        return directions[target]
+
+    monkeypatch.setattr(dzad_tables, "measure_direction", measure_direction)
+    found, left_out = dzad_tables.measure_directions("lite")
+    assert list(found) == ["synthad-B", "synthad-A"] and left_out == {
+        "magnetic_tile": "no folder at data/magnetic_tile"
+    }
+    with pytest.raises(DatasetError, match="no target at hand: no folder at"):
+        dzad_tables.study("lite", ["magnetic_tile"])
+    with pytest.raises(MethodError, match="no target mvtec_ad in profile lite; there are: synthad-B, "):
+        dzad_tables.measure_directions("lite", ["mvtec_ad"])
+
+
+def test_study_has_every_table(monkeypatch, directions, plain_maps):
+    monkeypatch.setattr(dzad_tables, "measure_direction", lambda profile, target, **_: directions[target])
+    tables, frame, left_out = dzad_tables.study("lite", ["synthad-B", "synthad-A"], n_bootstrap=0)
+    assert list(tables) == ["table1", "table2", "table3", "table4", "decisions"] and left_out == {}
+    assert set(frame.table) == {"method", "table 4", *(f"table 3, {d}" for d in dzad_tables.DECISIONS)}
+
+
+# --- the pass, kept
+
+
+@pytest.fixture
+def images(tmp_path):
+    write_tree(tmp_path / "tree", per_class=4)
+    return list(load_dataset("mvtec_ad", tmp_path / "tree").samples)
+
+
+def small_method(**options):
+    return make_method("dzad", guided_model()[0], load_features("pixels"), **{**SMALL, "map_size": 32, **options})
+
+
+def test_what_is_kept_is_read_again(images, tmp_path, monkeypatch):
+    monkeypatch.setattr(dzad_tables, "PART", 5)
+    method = small_method()
+    first = dzad_tables.measure_kept(method, images, tmp_path / "runs", "tree")
+    whole = method.measure_samples(images)
+    np.testing.assert_allclose(first.errors.errors, whole.errors.errors, rtol=1e-4)
+    np.testing.assert_allclose(first.similarity, whole.similarity, atol=1e-4)
+    files = sorted((tmp_path / "runs").rglob("*.npz"))
+    assert [path.name for path in files] == [f"part-{k:06d}.npz" for k in (0, 5, 10, 15)]
+    files[1].unlink()
+    counted = method.backbone.evaluations
+    again = dzad_tables.measure_kept(method, images, tmp_path / "runs", "tree")
+    assert method.backbone.evaluations - counted == 5 * (10 + 4), "only the part that was missing"
+    for one, other in ((first.errors.maps, again.errors.maps), (first.similarity, again.similarity)):
+        np.testing.assert_array_equal(one, other)
+    assert again.layers == 1 and again.labels.tolist() == [sample.label for sample in images]
+
+
+def test_what_belongs_to_something_else_is_refused(images, tmp_path):
+    method, runs = small_method(), tmp_path / "runs"
+    dzad_tables.measure_kept(method, images[:4], runs, "tree", reconstruct=False)
+    dzad_tables.measure_kept(method, images[4:8], runs, "tree", reconstruct=False)
+    one, other = sorted(runs.rglob("*.npz"))
+    other.write_bytes(one.read_bytes())
+    kept = [Path(path).parent for path in (one, other)]
+    assert kept[0] != kept[1], "other images, another folder"
+    refused = 0
+    for part in (images[:4], images[4:8]):
+        try:
+            dzad_tables.measure_kept(method, part, runs, "tree", reconstruct=False)
+        except MethodError as error:
+            refused += "holds other images or settings: delete it" in str(error)
+    assert refused == 1
+    one.write_bytes(b"PK")
+    other.write_bytes(b"PK")
+    with pytest.raises(MethodError, match="is damaged"):
+        dzad_tables.measure_kept(method, images[:4], runs, "tree", reconstruct=False)
+
+
+def test_readings_share_what_is_kept_and_schedules_do_not(images, tmp_path):
+    runs, method = tmp_path / "runs", small_method()
+    for variant in (method, small_method(weighting="one", sigma=2.0)):
+        dzad_tables.measure_kept(variant, images[:2], runs, "tree", False)
+    assert len(list(runs.rglob("*.npz"))) == 1
+    longer = dzad_tables.at_timesteps(method, 1400, "continued")
+    assert len(longer.backbone.alphas_cumprod) == 1400 and len(method.backbone.alphas_cumprod) == 1000
+    assert longer.model.guide is method.model.guide and longer.size == method.size
+    dzad_tables.measure_kept(longer, images[:2], runs, "tree", False)
+    assert len(list(runs.rglob("*.npz"))) == 2
+
+
+def test_more_timesteps_make_more_noise(images, tmp_path, monkeypatch, plain_maps):
+    monkeypatch.setattr(dzad_tables, "load_methods", lambda *_, **__: {"SGSD": small_method()})
+    monkeypatch.setattr(dzad_tables, "reference_samples", lambda name, limit: images)
+    monkeypatch.setattr(dzad_tables, "reading_options", lambda profile: {"sigma": 0, "pool": 2})
+    frame = dzad_tables.by_timesteps("lite", "tree", (500, 1000), runs=tmp_path / "runs", n_bootstrap=5)
+    assert frame.groupby("T").size().tolist() == [4, 4] and frame.value.between(0, 1).all()
+    table = dzad_tables.timesteps_table(frame)
+    assert list(table.index) == [500, 1000]
+    assert set(table) == {f"{m}, {s}" for m in dzad_tables.METRICS.values() for s in ("rebuilt", "continued")}
+    curves = dzad_tables.timestep_curves(frame)
+    assert curves["image AUROC, percent"]["rebuilt"][0].tolist() == [500, 1000]
+    assert curves["image AUROC, percent"]["rebuilt"][1][0] == 100 * frame.value[0]
+    figure = plots.interval_curves(curves, "T")
+    assert [axis.get_title() for axis in figure.axes] == ["image AUROC, percent", "pixel AUROC, percent"]
+    plt.close(figure)
+    np.testing.assert_allclose(*frame[frame["T"] == 1000].value.to_numpy().reshape(2, 2), atol=1e-6)
+
+
+def test_maps_without_a_reconstruction_are_read_in_pixels():
+    measured = replace(made_up(), similarity=None)
+    _, reading = component_reading((1, 0, 1, 0, 0), "weighted sum", sigma=0)
+    assert reading.read(measured)[1].shape == (6, 4, 4)
+    large = reading.read(dzad_tables.sized(measured, 8))
+    np.testing.assert_array_equal(large[1], reading.read(made_up())[1])
+
+
+def test_both_models_come_from_the_cross_protocol(monkeypatch):
+    model, _ = guided_model()
+    model.facts = {"base": "lite-group-a"}
+    monkeypatch.setattr(dzad_tables, "load_guided", lambda name, device: replace(model, facts={"base": name}))
+    monkeypatch.setattr(dzad_tables, "load_backbone", lambda name, device: replace(model.backbone, name=f"base {name}"))
+    monkeypatch.setattr(dzad_tables, "load_features", lambda name, device: load_features("pixels"))
+    methods = dzad_tables.load_methods("lite", "synthad-B", per_stage=1, map_size=32)
+    assert isinstance(methods["SGSD"].model, guidance.GuidedModel)
+    assert methods["SD"].backbone.name == "base lite-dzad-a" and methods["SD"].grid["per_stage"] == 1
+    monkeypatch.setattr(dzad_tables, "load_guided", lambda name, device: replace(model, facts={}))
+    with pytest.raises(MethodError, match="lite-dzad-b names no base model"):
+        dzad_tables.load_methods("lite", "synthad-A")
+    monkeypatch.setattr(dzad_tables, "load_guided", lambda name, device: (_ for _ in ()).throw(BackboneError("gone")))
+    with pytest.raises(BackboneError, match="gone"):
+        dzad_tables.load_methods("lite", "synthad-A")
+
+
+def test_judged_are_the_images_nearer_to_the_anomalous(directions):
+    shares = dzad_tables.judged_anomalous(directions, component_reading(FULL))
+    assert shares.loc["synthad-B"].tolist() == [0, 100] and list(shares.index) == ["synthad-B", "synthad-A"]
+    one = directions["synthad-B"]
+    errors = one.measured["SGSD"].errors
+    damaged = replace(errors, errors=errors.errors[[3, 4, 5] * 4], maps=errors.maps[[3, 4, 5] * 4])
+    worse = replace(one, measured={"SGSD": replace(one.measured["SGSD"], errors=damaged)})
+    assert dzad_tables.judged_anomalous({"x": worse}, component_reading(FULL)).loc["x"].tolist() == [100, 100]
+    with pytest.raises(MethodError, match="'weighted sum' orders images and judges none"):
+        dzad_tables.judged_anomalous(directions, component_reading(FULL, "weighted sum"))
+
+
+def test_error_levels_tell_the_sides_apart(directions):
+    levels = dzad_tables.error_levels(directions).loc["synthad-B"]
+    one = directions["synthad-B"]
+    assert list(levels.index) == ["auxiliary, normal", "auxiliary, anomalous", "tested, normal", "tested, anomalous"]
+    assert levels["tested, normal"] == pytest.approx(one.measured["SGSD"].errors.matrix[[0, 1, 2, 6, 7, 8]].mean())
+    assert levels["auxiliary, anomalous"] == pytest.approx(one.reference["SGSD"].errors.matrix[3:].mean())
+
+
+def test_errors_are_sorted_by_category_and_truth(directions):
+    one = directions["synthad-B"]
+    errors = dzad_tables.stage_errors(one)
+    assert list(errors) == ["gauge", "leather"] and errors["gauge"]["normal"].shape == (3, 5)
+    whole = one.measured["SGSD"].errors.matrix.mean(2)
+    np.testing.assert_array_equal(errors["leather"]["anomalous"], whole[9:])
+
+
+# --- pictures
+
+
+def test_examples_are_the_best_the_median_and_the_worst():
+    values = np.array([0.9, np.nan, 0.1, 0.5, 0.7])
+    assert dzad_tables.best_median_worst(values) == {"best": 0, "median": 3, "worst": 2}
+    with pytest.raises(ValueError, match="no value to rank"):
+        dzad_tables.best_median_worst(np.array([np.nan]))
+    masks = np.zeros((2, 2, 2), bool)
+    masks[0, 0, 0] = True
+    aurocs = dzad_tables.map_aurocs(np.array([[[3.0, 0], [0, 0]], [[1.0, 0], [0, 0]]]), masks)
+    assert aurocs[0] == 1 and np.isnan(aurocs[1])
+
+
+def test_pictures_of_examples_start_at_zero(directions):
+    one = directions["synthad-B"]
+    rows = {"full": component_reading(FULL, sigma=0)}
+    chosen = dzad_tables.examples(one, rows["full"])
+    assert list(chosen) == ["best", "median", "worst"]
+    assert all(one.samples[index].label == 1 for index, _ in chosen.values())
+    indices = [index for index, _ in chosen.values()]
+    maps = dzad_tables.example_maps(one, rows, indices)
+    assert list(maps) == ["full", "patch_knn"] and maps["full"].shape == (3, 8, 8)
+    assert torch.from_numpy(maps["full"]).amin((1, 2)).tolist() == [0, 0, 0]
