@@ -294,6 +294,33 @@ def train_guided(unet, guide):
     return [parameter for model in (guide, unet) for parameter in model.parameters() if parameter.requires_grad]
 
 
+def gradient_norms(unet, guide, z, timesteps, text, images, noise, mode="only mid", steps=2, lr=1e-3):
+    """How large the gradients of the guide's parts are in the first training steps (eq. 8): a list of {part: norm}.
+
+    z [B,C,h,w]: latents noised to `timesteps` with `noise`; text [B,L,D]; images [B,3,H,W] in [0,1]. Parts: "fusion",
+    the convolutions of the fusion; "feeding" and "deepest", the zero convolutions of the skips that it reads and of
+    those that it changes; "middle". Both models are trained by it: give copies.
+    """
+    optimizer = torch.optim.AdamW(train_guided(unet, guide), lr=lr)
+    outputs, deepest = guide.encoder.controlnet_down_blocks, len(guide.fusion.down[0])
+    first = len(outputs) - deepest
+    parts = {
+        "fusion": guide.fusion,
+        "feeding": outputs[first - len(guide.fusion.down) : first],
+        "deepest": outputs[first:],
+        "middle": guide.encoder.controlnet_mid_block,
+    }
+    norms = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        out = guided_unet(unet, guide, z, timesteps, text, guide.embed(images), mode)
+        (out - noise).square().mean().backward()
+        squares = {name: [(p.grad**2).sum().item() for p in part.parameters()] for name, part in parts.items()}
+        norms.append({name: sum(values) ** 0.5 for name, values in squares.items()})
+        optimizer.step()
+    return norms
+
+
 @dataclass
 class GuidedBackbone:
     """A backbone's noise prediction for known images: `Backbone.predict_noise` with what the guide sees in them.

@@ -102,3 +102,9 @@ def compare(feats_x, feats_y, size, sigma=5, pool=8, mode="sum"):
     """
     distance = smooth(anomaly_map(feats_x, feats_y, size, mode), sigma)
     return distance, image_score(distance, pool)
+
+
+def texture(images):
+    """How busy images [B,3,H,W] are: the mean squared difference of neighbouring pixels, both ways; float [B]."""
+    across, down = images.diff(dim=3), images.diff(dim=2)
+    return across.square().mean((1, 2, 3)) + down.square().mean((1, 2, 3))

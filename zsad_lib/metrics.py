@@ -40,6 +40,14 @@ def auroc(labels, scores) -> float:
     return _label_metric("auroc", labels, scores)
 
 
+def auroc_by_category(categories, labels, scores):
+    """{category: AUROC} for N names, labels and scores: [N] of images, or [N,H,W] masks and maps; the categories in the
+    order they come. UndefinedMetric where one of them has a single class."""
+    categories, labels, scores = np.asarray(categories), np.asarray(labels), np.asarray(scores)
+    chosen = {name: categories == name for name in dict.fromkeys(categories.tolist())}
+    return {name: auroc(labels[rows].ravel(), scores[rows].ravel()) for name, rows in chosen.items()}
+
+
 def average_precision(labels, scores) -> float:
     """Average precision, in (0, 1]; equals scikit-learn's `average_precision_score` (a sum of steps over
     recall, no interpolation). Inputs and errors as `auroc`."""

@@ -14,9 +14,11 @@ import torch
 from IPython import get_ipython
 from IPython.display import Markdown, display
 from matplotlib.figure import Figure
+from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 from PIL import Image
 
 from zsad_lib.datasets import read_image
+from zsad_lib.guidance import GuidedModel
 from zsad_lib.toy import LineModel
 
 sns.set_theme(context="notebook", style="white", font_scale=0.9)
@@ -214,6 +216,142 @@ def interval_curves(panels: dict[str, dict], label: str = "") -> Figure:
         axis.set_xlabel(label)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="center left", bbox_to_anchor=(1, 0.5), fontsize=9)
     figure.tight_layout()
+    return figure
+
+
+def _box(axis, x, y, text, colour):
+    style = {"boxstyle": "round,pad=0.02,rounding_size=0.06", "facecolor": colour, "edgecolor": "0.3", "linewidth": 0.8}
+    axis.add_patch(FancyBboxPatch((x - 0.42, y - 0.32), 0.84, 0.64, **style))
+    axis.text(x, y, text, ha="center", va="center", fontsize=7)
+
+
+def _arrow(axis, start, end, bend=0.0, **style):
+    style = {"color": "0.3", "lw": 0.9, "arrowstyle": "-|>", "mutation_scale": 8, **style}
+    axis.add_patch(FancyArrowPatch(start, end, connectionstyle=f"arc3,rad={bend}", **style))
+
+
+def guided_network(model: GuidedModel) -> Figure:
+    """DZAD's network as boxes and arrows, with the channels of a loaded model: Stable Diffusion above, the guide below.
+
+    Grey is frozen, orange is trained; red arrows are convolutions that start at zero.
+    """
+    frozen, trained, plain, zero = "0.88", "#fdd0a2", "white", {"color": "#c0392b", "lw": 1.4}
+    widths = list(model.backbone.unet.config.block_out_channels)
+    levels, (channels, height, width) = len(widths), model.backbone.latent_shape
+    size, middle, last = model.backbone.image_size, levels + 1, 2 * levels + 2
+    embedding = model.guide.hint
+    hint = [
+        embedding.conv_in.out_channels,
+        *(c.out_channels for c in embedding.blocks),
+        embedding.conv_out.out_channels,
+    ]
+    figure, axis = plt.subplots(figsize=(1.15 * (last + 2), 3.6))
+    latent = f"[{channels},{height},{width}]"
+    top = [("noisy latent\n" + latent, plain), *((f"encoder\n{c}", frozen) for c in widths)]
+    top += [(f"middle\n{widths[-1]}", frozen), *((f"decoder\n{c}", trained) for c in widths[::-1])]
+    top += [("noise\n" + latent, plain)]
+    for x, (text, colour) in enumerate(top):
+        _box(axis, x, 2, text, colour)
+    for k in range(levels):
+        _arrow(axis, (1 + k, 2.34), (last - 1 - k, 2.34), -0.3 / (levels - k) ** 0.7, color="0.75")
+    bottom = [f"copy of\nencoder\n{c}" for c in widths] + [f"copy of\nmiddle\n{widths[-1]}", "SFF"]
+    _box(axis, 0, -1.2, f"image\n[3,{size},{size}]", plain)
+    _box(axis, 0, 0, "hint stack\n" + ",".join(map(str, hint[:3])) + " …\n" + f"{hint[-2]} → {hint[-1]}", trained)
+    for x, text in enumerate(bottom, 1):
+        _box(axis, x, 0, text, trained)
+    for row, end in ((2, last), (0, middle)):
+        for x in range(row == 0, end):
+            _arrow(axis, (x + 0.44, row), (x + 0.56, row))
+    _arrow(axis, (0.44, 0), (0.56, 0), **zero)
+    _arrow(axis, (0, -0.86), (0, -0.34))
+    _arrow(axis, (0.3, 1.66), (0.8, 0.34))
+    _arrow(axis, (middle, 0.34), (middle, 1.66), **zero)
+    for k, x in enumerate((levels - 1, levels)):
+        _arrow(axis, (x, -0.34), (middle + 0.8 + 0.3 * k, -0.34), 0.35 - 0.05 * k, **zero)
+    _arrow(axis, (middle + 1, 0.34), (middle + 1, 1.66))
+    axis.text(last + 0.4, 0.3, "Stable Diffusion: grey is frozen, orange trained", ha="right", fontsize=8)
+    axis.text(last + 0.4, -0.1, "SG network: trained as a whole", ha="right", fontsize=8)
+    axis.text(last + 0.4, -0.5, "red: convolutions that start at zero", ha="right", fontsize=8, color="#c0392b")
+    axis.set(xlim=(-0.6, last + 0.6), ylim=(-1.6, 3.4))
+    axis.axis("off")
+    figure.tight_layout(pad=0.2)
+    return figure
+
+
+def matrices(panels: dict[str, np.ndarray], label: str = "", fmt: str = ".2f") -> Figure:
+    """Matrices [N,M] of N stages side by side as coloured cells on one scale, stage 1 above: {title: matrix}."""
+    top = max(float(np.max(matrix)) for matrix in panels.values())
+    width = sum(0.75 * matrix.shape[1] + 0.9 for matrix in panels.values())
+    figure, axes = plt.subplots(1, len(panels), figsize=(max(width, 4.5), 3.6), squeeze=False, sharey=True)
+    for axis, (title, matrix) in zip(axes.flat, panels.items(), strict=True):
+        stages, steps = (range(1, n + 1) for n in matrix.shape)
+        annotate = matrix.shape[1] <= 4
+        frame = pd.DataFrame(matrix, stages, steps)
+        sns.heatmap(frame, annot=annotate, fmt=fmt, cmap="viridis", vmin=0, vmax=top, cbar=False, ax=axis)
+        axis.set(title=title, xlabel=label)
+        axis.tick_params(axis="y", rotation=0, labelsize=8)
+        axis.title.set_fontsize(9)
+    axes[0, 0].set_ylabel("stage")
+    figure.tight_layout()
+    return figure
+
+
+def curves(x: Sequence, lines: dict[str, Sequence], xlabel: str, ylabel: str, log: bool = False) -> Figure:
+    """Lines over a shared x: {name: values}."""
+    figure, axis = plt.subplots(figsize=(7, 2.8))
+    for name, values in lines.items():
+        axis.plot(x, values, marker=".", label=name)
+    axis.set(xlabel=xlabel, ylabel=ylabel, yscale="log" if log else "linear")
+    axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.tight_layout()
+    return figure
+
+
+def bars(frame: pd.DataFrame, ylabel: str, chance: float | None = None) -> Figure:
+    """A table of numbers as bars, a group for each row and a colour for each column; chance: a dashed line."""
+    figure, axis = plt.subplots(figsize=(1.4 + 1.15 * len(frame), 2.8))
+    frame.plot.bar(ax=axis, width=0.8, rot=20)
+    if chance is not None:
+        axis.axhline(chance, color="grey", lw=1, ls="--")
+    axis.set(ylabel=ylabel, xlabel="")
+    axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.tight_layout()
+    return figure
+
+
+def scatter(groups: dict[str, tuple], markers: tuple[str, str], labels: tuple[str, str], log: bool = False) -> Figure:
+    """Points by group, {name: (x [n], y [n], hollow bool [n])}; markers: what full and hollow ones mean."""
+    figure, axis = plt.subplots(figsize=(6.6, 3.2))
+    for k, (name, (x, y, empty)) in enumerate(groups.items()):
+        for chosen, face in ((~empty, f"C{k}"), (empty, "none")):
+            shown = name if face != "none" else None
+            axis.scatter(x[chosen], y[chosen], s=22, facecolor=face, edgecolor=f"C{k}", linewidth=1, label=shown)
+    for face, name in zip(("0.4", "none"), markers, strict=True):
+        axis.scatter([], [], s=22, facecolor=face, edgecolor="0.4", label=name)
+    axis.set(xlabel=labels[0], ylabel=labels[1], xscale="log" if log else "linear", yscale="log" if log else "linear")
+    axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.tight_layout()
+    return figure
+
+
+def roc_and_pictures(labels, scores, title: str, pictures: Sequence, titles: Sequence[str] = ()) -> Figure:
+    """The ROC curve of scores [N] against labels [N] (1 anomalous), and beside it pictures as in `picture_grid`."""
+    from sklearn.metrics import roc_curve
+
+    false, true, _ = roc_curve(labels, scores)
+    width = 2.4 * (1 + len(pictures)) + 0.6
+    figure, axes = plt.subplots(1, 1 + len(pictures), figsize=(width, 3.2))
+    axes[0].plot(false, true, drawstyle="steps-post")
+    axes[0].plot([0, 1], [0, 1], color="grey", lw=0.8, ls="--")
+    axes[0].set(xlabel="false alarms", ylabel="found", box_aspect=1)
+    axes[0].set_title(title, fontsize=9)
+    for axis, picture, name in zip(axes[1:], pictures, titles or [""] * len(pictures), strict=True):
+        axis.imshow(to_picture(picture).clip(0, None), cmap="magma", vmin=0)
+        axis.set_title(name, fontsize=9)
+        axis.set_xticks([])
+        axis.set_yticks([])
+    # fixed margins: a tight layout would take as long as all the rest
+    figure.subplots_adjust(left=0.75 / width, right=1 - 0.05 / width, bottom=0.19, top=0.91, wspace=0.08)
     return figure
 
 

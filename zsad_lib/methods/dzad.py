@@ -43,6 +43,12 @@ class Measured:
         similarity = None if self.similarity is None else self.similarity[rows]
         return Measured(replace(errors, **parts), similarity, self.layers, self.labels[rows])
 
+    def first_stages(self, count):
+        """The same with the stages 1 … `count` alone, those with the least noise; all when there are fewer."""
+        errors = self.errors
+        parts = {"timesteps": errors.timesteps[:count], "errors": errors.errors[:, :count]}
+        return replace(self, errors=replace(errors, maps=errors.maps[:, :count], **parts))
+
 
 def join(parts):
     """One Measured of all images; MethodError when they were not measured alike."""
@@ -144,16 +150,16 @@ class Reading:
             return weighting.fit(reference.errors.matrix, reference.labels).weights(matrix.shape[1:])
         return weighting.weights(self.weighting, measured.errors.timesteps, measured.errors.alphas_cumprod)
 
-    def read(self, measured, reference=None):
+    def read(self, measured, reference=None, weights=None):
         """(image scores float32 [I], maps float32 [I,H,W]) of a Measured.
 
-        reference: a Measured of labelled images of the auxiliary set, both classes among them. The map is of the
-        features' size, or for "noise errors" without a reconstruction of the latents'. MethodError when a reference is
-        needed and missing.
+        reference: a Measured of labelled images of the auxiliary set, both classes among them; weights: w [N,M] in
+        place of `self.weights`. The map is of the features' size, or for "noise errors" without a reconstruction of
+        the latents'. MethodError when a reference is needed and missing.
         """
         if self.needs_reference and reference is None:
             raise MethodError(f"{self} needs a reference: labelled images of an auxiliary set")
-        w = self.weights(measured, reference)
+        w = self.weights(measured, reference) if weights is None else np.asarray(weights)
         matrix, positions = cells(measured.errors, self.multi_timestep)
         error_maps = weighting.apply(positions, w)
         scores = weighting.apply(matrix, w).astype(np.float64)
