@@ -263,7 +263,7 @@ def test_dzad_writes_and_prints_every_table(tmp_path, monkeypatch):
 
     monkeypatch.setattr(dzad_tables, "study", study)
     text = invoke("dzad", "--target", "synthad-B", "--limit", 2, "--every", 3, "--out", tmp_path / "new")
-    given = {"limit": 2, "every": 3, "reference_limit": 3, "n_bootstrap": 200, "seed": 0, "device": "auto"}
+    given = {"limit": 2, "every": 3, "reference_limit": 1, "n_bootstrap": 200, "seed": 0, "device": "auto"}
     assert calls == [(("lite", ["synthad-B"]), {**given, "runs": tmp_path / "new", "progress": None})]
     assert text.count("57.1 [48.0, 66.0]") == 2 and "left out: magnetic_tile: no folder" in text
     assert "57.1 [48.0, 66.0]" in (tmp_path / "new/table2.md").read_text()

@@ -33,7 +33,7 @@ def made_up(images=6, seed=0, shift=2.0):
         np.array([f"{seed}/{k}" for k in range(images)]), timestep_grid(1000, 5, 2), np.arange(1), alphas,
         positions.mean((3, 4))[..., None], positions,
     )  # fmt: skip
-    return Measured(errors, similarity, 2, labels)
+    return Measured(errors, similarity, 2, labels, 8)
 
 
 def guided_model():
@@ -48,6 +48,7 @@ def test_weight_one_is_the_plain_mean():
     measured = made_up()
     scores, maps = Reading("one", decision="weighted sum", map="noise errors", sigma=0).read(measured)
     assert scores == pytest.approx(measured.errors.errors.mean((1, 2, 3)), rel=1e-6)
+    assert maps.shape == (6, 8, 8)
     small = torch.nn.functional.interpolate(torch.from_numpy(maps)[:, None], (4, 4), mode="area")[:, 0]
     assert small.mean((1, 2)).numpy() == pytest.approx(scores, rel=0.05)
 
@@ -234,11 +235,25 @@ def test_references_that_cannot_work():
         Reading().read(measured, measured.take(measured.labels == 0))
     with pytest.raises(MethodError, match="needs a reference"):
         Reading().read(measured)
+    model, _ = guided_model()
+    with pytest.raises(MethodError, match="name of an auxiliary set, not a Measured"):
+        DZAD(model, load_features("pixels"), reference=measured, **SMALL)
     with pytest.raises(MethodError, match="reconstruct=True"):
         Reading().read(replace(measured, similarity=None), measured)
 
 
-def test_the_auxiliary_set_has_both_classes():
-    samples = dzad.reference_samples("synthad-A", 1)
-    assert {s.label for s in samples} == {0, 1}
-    assert {s.category for s in samples} == set(dzad.GROUPS["synthad-A"])
+def test_maps_have_their_size_without_a_reconstruction():
+    measured, reading = made_up(), Reading("one", decision="weighted sum", map="noise errors", sigma=0)
+    np.testing.assert_array_equal(reading.read(replace(measured, similarity=None))[1], reading.read(measured)[1])
+
+
+def test_the_auxiliary_set_is_balanced_in_every_category():
+    for limit in (1, None):
+        samples = dzad.reference_samples("synthad-A", limit)
+        for category in dzad.GROUPS["synthad-A"]:
+            labels = [s.label for s in samples if s.category == category]
+            assert labels.count(0) == labels.count(1) > 0
+        assert {s.category for s in samples} == set(dzad.GROUPS["synthad-A"])
+    defects = [s.defect for s in dzad.reference_samples("synthad-A", 1) if s.category == "wood" and s.label]
+    assert len(set(defects)) == len(defects) == 7
+    assert len(dzad.labelled_samples("synthad-A", 1)) == 6 * 8

@@ -266,7 +266,7 @@ def test_readings_share_what_is_kept_and_schedules_do_not(images, tmp_path):
 
 def test_more_timesteps_make_more_noise(images, tmp_path, monkeypatch, plain_maps):
     monkeypatch.setattr(dzad_tables, "load_methods", lambda *_, **__: {"SGSD": small_method()})
-    monkeypatch.setattr(dzad_tables, "reference_samples", lambda name, limit: images)
+    monkeypatch.setattr(dzad_tables, "labelled_samples", lambda name, limit: images)
     monkeypatch.setattr(dzad_tables, "reading_options", lambda profile: {"sigma": 0, "pool": 2})
     frame = dzad_tables.by_timesteps("lite", "tree", (500, 1000), runs=tmp_path / "runs", n_bootstrap=5)
     assert frame.groupby("T").size().tolist() == [4, 4] and frame.value.between(0, 1).all()
@@ -280,14 +280,6 @@ def test_more_timesteps_make_more_noise(images, tmp_path, monkeypatch, plain_map
     assert [axis.get_title() for axis in figure.axes] == ["image AUROC, percent", "pixel AUROC, percent"]
     plt.close(figure)
     np.testing.assert_allclose(*frame[frame["T"] == 1000].value.to_numpy().reshape(2, 2), atol=1e-6)
-
-
-def test_maps_without_a_reconstruction_are_read_in_pixels():
-    measured = replace(made_up(), similarity=None)
-    _, reading = component_reading((1, 0, 1, 0, 0), "weighted sum", sigma=0)
-    assert reading.read(measured)[1].shape == (6, 4, 4)
-    large = reading.read(dzad_tables.sized(measured, 8))
-    np.testing.assert_array_equal(large[1], reading.read(made_up())[1])
 
 
 def test_both_models_come_from_the_cross_protocol(monkeypatch):

@@ -112,11 +112,12 @@ class Backbone:
 
     @property
     def config(self):
-        """JSON-able: what of this model changes a method's numbers, a fingerprint of the weights included."""
+        """JSON-able: what of this model changes a method's numbers, fingerprints of schedule and weights included."""
         return {
             "name": self.name,
             "dtype": str(self.dtype).removeprefix("torch."),
             "prediction_type": self.prediction_type,
+            "schedule": hashlib.sha256(self.scheduler.alphas_cumprod.numpy().round(6).tobytes()).hexdigest()[:8],
             "weights": fingerprint(self.vae, self.unet, self.text_encoder),
         }
 

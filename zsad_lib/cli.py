@@ -408,8 +408,8 @@ def dzad(
     limit: Annotated[int | None, typer.Option(help="At most so many of each category and defect of a target.")] = None,
     every: Annotated[int, typer.Option(min=1, help="Of a target's images only each so-many-th.")] = 1,
     reference_limit: Annotated[
-        int, typer.Option(help="At most so many of each kind of the auxiliary set's labelled images.")
-    ] = 3,
+        int, typer.Option(help="At most so many of each defect of the auxiliary set's labelled images.")
+    ] = 1,
     bootstrap: Annotated[int, typer.Option(help="Resamples behind an interval; 0 for none.")] = 200,
     seed: int = 0,
     out: Annotated[Path, typer.Option(help="Where what is measured is kept and the tables go.")] = Path("runs/dzad"),

@@ -3,7 +3,7 @@
 Source: Zhang, Gao, Li and Gao, "Diffusion-based Zero-shot Anomaly Detection" (AAAI 2025): Tables 1 to 4, Figures 3, 4.
 The cross protocol: a model trained on normal images of an auxiliary set is tested on another set (`profiles.CROSS`).
 Every image passes each model once, what was measured is kept in files, and every row is a `dzad.Reading` of it. The
-printed figures lie in `published/`.
+printed figures lie in `zsad_lib/published/`.
 """
 
 import hashlib
@@ -22,11 +22,11 @@ from zsad_lib.backbones import EXTENSIONS, extend_schedule, load_backbone, load_
 from zsad_lib.datasets import AnomalyDataset, DatasetError, load_masks
 from zsad_lib.guidance import GuidedModel, load_guided
 from zsad_lib.methods import BASELINES, MethodError, make_method
-from zsad_lib.methods.dzad import DECISIONS, Measured, Reading, join, reference_samples
+from zsad_lib.methods.dzad import DECISIONS, Measured, Reading, join, labelled_samples, reference_samples
 from zsad_lib.noise_errors import NoiseErrors
 from zsad_lib.profiles import CROSS, PROFILES, profile_options
 
-PUBLISHED = Path(__file__).resolve().parent.parent / "published"
+PUBLISHED = Path(__file__).resolve().parent / "published"
 COMPONENTS = ("SD", "SGSD", "M_t", "F_b", "w_t")
 ABLATION = ((1, 0, 0, 0, 0), (1, 1, 0, 0, 0), (1, 1, 1, 0, 0), (1, 1, 0, 1, 0), (1, 1, 1, 0, 1), (1, 1, 1, 1, 1))
 FULL = ABLATION[-1]
@@ -89,15 +89,15 @@ def _kept_part(method, samples, path, reconstruct, digest):
 
 def _digest(method, samples, reconstruct):
     settings = {key: method.config[key] for key in SETTINGS}
-    levels = np.asarray(method.backbone.alphas_cumprod, np.float64).round(9).tolist()  # no part of the configuration
     files = [[sample.id, sample.label, sample.image_path.stat().st_size] for sample in samples]
-    text = json.dumps([settings, levels, files, reconstruct], sort_keys=True)
+    text = json.dumps([settings, files, reconstruct], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _save(path, measured, digest):
     arrays = {f"errors.{key}": value for key, value in vars(measured.errors).items() if value is not None}
-    arrays |= {"layers": np.array(measured.layers), "labels": measured.labels, "digest": np.array(digest)}
+    arrays |= {name: np.array(getattr(measured, name)) for name in ("layers", "labels", "size")}
+    arrays["digest"] = np.array(digest)
     if measured.similarity is not None:
         arrays["similarity"] = measured.similarity
     temporary = path.with_name(f".writing-{path.name}")
@@ -113,7 +113,8 @@ def _load(path, digest, ids):
         names = [field.name for field in fields(NoiseErrors) if f"errors.{field.name}" in arrays]
         errors = NoiseErrors(**{name: arrays[f"errors.{name}"] for name in names})
         own = str(arrays["digest"]) == digest and errors.ids.tolist() == ids
-        measured = Measured(errors, arrays.get("similarity"), int(arrays["layers"]), arrays["labels"])
+        numbers = int(arrays["layers"]), arrays["labels"], int(arrays["size"])
+        measured = Measured(errors, arrays.get("similarity"), *numbers)
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise MethodError(f"{path} is damaged ({error}): delete it, and it is measured again") from error
     if not own:
@@ -138,7 +139,7 @@ def load_methods(profile, target, device="auto", **options):
 
 
 def measure_direction(
-    profile, target, limit=None, every=1, reference_limit=3, runs="runs/dzad", device="auto", progress=None, **options
+    profile, target, limit=None, every=1, reference_limit=1, runs="runs/dzad", device="auto", progress=None, **options
 ) -> Direction:
     """A Direction of a profile's cross protocol, from what is kept below `runs`, or measured now.
 
@@ -147,7 +148,7 @@ def measure_direction(
     first magnetic tiles were all taken alike). options: of DZAD. DatasetError when images are missing.
     """
     auxiliary = CROSS[profile][target][0]
-    samples, known = reference_samples(target, limit)[::every], reference_samples(auxiliary, reference_limit)
+    samples, known = labelled_samples(target, limit)[::every], reference_samples(auxiliary, reference_limit)
     methods = load_methods(profile, target, device, **options)
     measured = {name: measure_kept(m, samples, runs, target, True, progress) for name, m in methods.items()}
     # only errors and labels of a reference are read
@@ -304,14 +305,14 @@ def by_timesteps(
     map of the noise errors, so that no auxiliary image is needed. limit: images of each category and defect.
     """
     method = load_methods(profile, target, device, per_stage=1)["SGSD"]
-    samples = reference_samples(target, limit)
+    samples = labelled_samples(target, limit)
     masks = load_masks(samples, method.map_size).numpy()
     reading = Reading(decision="weighted sum", map="noise errors", **reading_options(profile))
     direction, frames = Direction(target, "", samples, masks, {}, {}, {}), []
     for schedule in schedules:
         for T in timesteps:
             measured = measure_kept(at_timesteps(method, T, schedule), samples, runs, f"{target}-T{T}", False)
-            scores, maps = reading.read(sized(measured, method.map_size))
+            scores, maps = reading.read(measured)
             frame = _aurocs(direction, scores, maps, n_bootstrap, seed)
             frames.append(frame[frame.category == "mean"].assign(T=T, schedule=schedule))
     frame = pd.concat(frames, ignore_index=True)
@@ -349,12 +350,6 @@ def timestep_curves(frame):
         }
         for metric, title in METRICS.items()
     }
-
-
-def sized(measured, size):
-    """A Measured without a reconstruction whose error maps are read at size × size pixels; its features say nothing."""
-    flat = np.zeros((len(measured.labels), size, size), np.float32)
-    return replace(measured, similarity=flat, layers=0)
 
 
 # --- the tables

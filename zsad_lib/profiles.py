@@ -25,6 +25,7 @@ PROFILES = {
         "dzad": {
             "backbone": "lite-dzad-a",
             "reference": "synthad-A",
+            "limit": 1,
             "per_stage": 2,
             "t_start": 201,
             "sigma": 1.5,

@@ -6,6 +6,7 @@ weighting and map is a `Reading` of what it keeps. The paper leaves much open: w
 """
 
 from dataclasses import asdict, dataclass, replace
+from itertools import zip_longest
 
 import numpy as np
 import torch
@@ -28,20 +29,21 @@ class Measured:
 
     errors: `NoiseErrors` with maps at latent resolution; similarity: float32 [I,H,W], the cosine of the features of an
     image and of its reconstruction, every layer upsampled and summed, or None when nothing was reconstructed; layers:
-    how many; labels: int [I], 1 anomalous, 0 normal, −1 unknown.
+    how many; labels: int [I], 1 anomalous, 0 normal, −1 unknown; size: H = W of every map read from it, in pixels.
     """
 
     errors: noise_errors.NoiseErrors
     similarity: np.ndarray | None
     layers: int
     labels: np.ndarray
+    size: int
 
     def take(self, rows):
         """The same of the images `rows` (indices, a slice or a bool array)."""
         errors = self.errors
         parts = {"ids": errors.ids[rows], "errors": errors.errors[rows], "maps": errors.maps[rows]}
         similarity = None if self.similarity is None else self.similarity[rows]
-        return Measured(replace(errors, **parts), similarity, self.layers, self.labels[rows])
+        return Measured(replace(errors, **parts), similarity, self.layers, self.labels[rows], self.size)
 
     def first_stages(self, count):
         """The same with the stages 1 … `count` alone, those with the least noise; all when there are fewer."""
@@ -54,7 +56,8 @@ def join(parts):
     """One Measured of all images; MethodError when they were not measured alike."""
     similarity = None if parts[0].similarity is None else np.concatenate([part.similarity for part in parts])
     labels = np.concatenate([part.labels for part in parts])
-    return Measured(noise_errors.join([part.errors for part in parts]), similarity, parts[0].layers, labels)
+    errors = noise_errors.join([part.errors for part in parts])
+    return Measured(errors, similarity, parts[0].layers, labels, parts[0].size)
 
 
 # --- from the matrix to a decision
@@ -154,8 +157,7 @@ class Reading:
         """(image scores float32 [I], maps float32 [I,H,W]) of a Measured.
 
         reference: a Measured of labelled images of the auxiliary set, both classes among them; weights: w [N,M] in
-        place of `self.weights`. The map is of the features' size, or for "noise errors" without a reconstruction of
-        the latents'. MethodError when a reference is needed and missing.
+        place of `self.weights`. MethodError when a reference is needed and missing.
         """
         if self.needs_reference and reference is None:
             raise MethodError(f"{self} needs a reference: labelled images of an auxiliary set")
@@ -187,20 +189,19 @@ class Reading:
 
     def _map(self, measured, error_maps, level, judged):
         if self.map == "noise errors":
-            size = error_maps.shape[1:] if measured.similarity is None else measured.similarity.shape[1:]
-            return _resize(error_maps, size)
+            return _resize(error_maps, measured.size)
         if measured.similarity is None:
             raise MethodError(f"map {self.map!r} compares with a reconstruction: measure with reconstruct=True")
         if self.map == "features":
             return measured.layers - measured.similarity
         w = branch_weights(error_maps, level, judged, self.branch, self.factor)
-        w = _resize(w, measured.similarity.shape[1:])
+        w = _resize(w, measured.size)
         return measured.layers - w * measured.similarity
 
 
 def _resize(values, size):
     values = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))
-    return F.interpolate(values[:, None], tuple(size), mode="bilinear")[:, 0].numpy()
+    return F.interpolate(values[:, None], (size, size), mode="bilinear")[:, 0].numpy()
 
 
 # --- the pass over the images
@@ -213,9 +214,9 @@ class DZAD:
     paper. t_start: the level the reconstruction starts from, with noise drawn for each image (default: the last of the
     grid; the nearest level of `steps` DDIM steps at or below it). prompt: the paper uses none. map_size: of the map
     (default: the backbone's image size, at most 256). reference: an auxiliary set whose labelled images give the class
-    features, "synthad-A", "synthad-B" or a dataset's name, at most `limit` of each category and defect; measured on the
-    first use. weighting … factor, sigma, pool: see `Reading`; without a reference decision "weighted
-    sum" and map "features" are the default. MethodError on values that cannot work.
+    features, "synthad-A", "synthad-B" or a dataset's name (`reference_samples`, with `limit`); measured on the first
+    use. weighting … factor, sigma, pool: see `Reading`; without a reference decision "weighted sum" and map "features"
+    are the default. MethodError on values that cannot work.
     """
 
     name = "dzad"
@@ -240,10 +241,12 @@ class DZAD:
         sigma=4.0,
         pool=8,
         reference=None,
-        limit=3,
+        limit=None,
         batch_size=64,
     ):
         alone = reference is None
+        if not (alone or isinstance(reference, str)):
+            raise MethodError(f"reference is the name of an auxiliary set, not a {type(reference).__name__}")
         decision = decision or ("weighted sum" if alone else "class features")
         chosen = map or ("features" if alone else "two-branch")
         self.reading = Reading(weighting, multi_timestep, decision, chosen, branch, float(factor), float(sigma), pool)
@@ -300,16 +303,16 @@ class DZAD:
         errors = noise_errors.measure(predict, latents, ids, self.backbone.alphas_cumprod, **self.grid)
         labels = np.full(len(ids), -1) if labels is None else np.asarray(labels)
         if not reconstruct:
-            return Measured(errors, None, 0, labels)
+            return Measured(errors, None, 0, labels, self.map_size)
         pairs = self.features(images), self.features(self.reconstruct(images, ids, latents, predict))
         distance = maps.anomaly_map(*pairs, self.map_size)
         layers = len(pairs[0])
-        return Measured(errors, layers - to_host(distance).numpy(), layers, labels)
+        return Measured(errors, layers - to_host(distance).numpy(), layers, labels, self.map_size)
 
     def measure_reference(self):
         """The labelled images of the auxiliary set, a Measured; measured once. None without a reference."""
         if isinstance(self.reference, str):
-            self.reference = self.measure_samples(reference_samples(self.reference, self.limit))
+            self.reference = self.measure_samples(reference_samples(self.reference, self.limit), reconstruct=False)
         return self.reference
 
     def measure_samples(self, samples, reconstruct=True, batch=16, progress=None):
@@ -333,8 +336,31 @@ class DZAD:
         return Scores(torch.from_numpy(image), torch.from_numpy(anomaly), details)
 
 
-def reference_samples(name, limit=None):
-    """The labelled test images of an auxiliary set, at most `limit` of each category and defect: a list of Samples."""
+def labelled_samples(name, limit=None):
+    """The test images of a set, at most `limit` of each category and defect: a list of Samples. name: "synthad-A",
+    "synthad-B" or a dataset's."""
     if name in GROUPS:
         return list(load_dataset("synthad", categories=list(GROUPS[name]), limit=limit).samples)
     return list(load_dataset(name, limit=limit).samples)
+
+
+def reference_samples(name, limit=None):
+    """The labelled images of an auxiliary set whose matrices are class features: a list of Samples.
+
+    At most `limit` of each category and defect, and in each category as many normal images as anomalous ones: the
+    nearest of many is nearer by number alone, and eq. 10 asks for no prior in favour of one class.
+    """
+    kept = []
+    images = labelled_samples(name)
+    for category in dict.fromkeys(sample.category for sample in images):
+        normal = [s for s in images if s.category == category and s.label == 0]
+        anomalous = _taking_turns([s for s in images if s.category == category and s.label == 1], limit)
+        count = min(len(normal), len(anomalous))
+        kept += normal[:count] + anomalous[:count]
+    return kept
+
+
+def _taking_turns(samples, limit):
+    """At most `limit` of each defect: the first of every one, then the second, and so on."""
+    kinds = [[s for s in samples if s.defect == defect][:limit] for defect in dict.fromkeys(s.defect for s in samples)]
+    return [sample for turn in zip_longest(*kinds) for sample in turn if sample is not None]
