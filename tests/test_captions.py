@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import filelock
 import numpy as np
@@ -26,8 +27,10 @@ from zsad_lib.captions import (
     caption_dataset,
     caption_path,
     check,
+    exchange,
     load_captioner,
     read_captions,
+    true_captions,
 )
 from zsad_lib.datasets import load_dataset
 
@@ -451,3 +454,46 @@ def test_where_captions_are_kept():
     assert caption_path("coco_ad", "OpenGVLab/InternVL3-8B-hf", "scenes", "there").name == (
         "coco_ad-OpenGVLab_InternVL3-8B-hf-scenes.jsonl"
     )
+
+
+# --- other captions for the same images
+
+
+def test_true_captions_are_what_the_drawings_were_made_from(tmp_path):
+    images = load_dataset("synthad", synthad.export(tmp_path / "synthad", 16, ["bottle", "screw"]))
+    truth = true_captions(images.select(limit=1, categories="screw"))
+    assert list(truth) == [s.id for s in images.select(limit=1, categories="screw").samples]
+    assert truth["screw/test/crack/000"] == synthad.draw("screw", "test/test/crack/0", "crack", 16).caption
+    assert set(truth) < set(true_captions(images))
+
+
+def test_true_captions_need_synthads_list(tmp_path):
+    folder = synthad.export(tmp_path / "synthad", 16, ["screw"])
+    lines = (folder / "attributes.jsonl").read_text().splitlines(keepends=True)
+    images = load_dataset("synthad", folder)
+    (folder / "attributes.jsonl").write_text("".join(line for line in lines if "crack/001" not in line))
+    with pytest.raises(CaptionError, match="no line for screw/test/crack/001.png and 0 other images"):
+        true_captions(images)
+    with pytest.raises(CaptionError, match="no true captions for mvtec_ad"):
+        true_captions(load_dataset("mvtec_ad", write_tree(tmp_path / "tree", per_class=2)))
+
+
+def test_exchanged_captions_are_those_of_the_next_category(tmp_path):
+    images = load_dataset("mvtec_ad", write_tree(tmp_path / "tree", per_class=2))
+    said = {sample.id: f"about {sample.id}" for sample in images.samples}
+    wrong = exchange(images, said)
+    assert list(wrong) == list(said)
+    names = images.categories
+    for sample in images.samples:
+        following = names[(names.index(sample.category) + 1) % len(names)]
+        assert wrong[sample.id].startswith(f"about {following}/")
+    with pytest.raises(ValueError, match="has one here"):
+        exchange(images.select(categories=names[0]), said)
+
+
+def test_exchange_starts_over_where_the_next_category_has_fewer(tmp_path):
+    images = load_dataset("mvtec_ad", write_tree(tmp_path / "tree", per_class=2))
+    first, second = images.categories[:2]
+    kept = [s for s in images.samples if s.category == first] + [s for s in images.samples if s.category == second][:1]
+    wrong = exchange(replace(images, samples=tuple(kept)), {s.id: s.id for s in kept})
+    assert {wrong[s.id] for s in kept[:-1]} == {kept[-1].id} and wrong[kept[-1].id] == kept[0].id

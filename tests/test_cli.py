@@ -14,6 +14,7 @@ from conftest import shared_path
 from zsad_lib import cli, methods, scoring
 from zsad_lib.backbones import BackboneError
 from zsad_lib.methods import Scores
+from zsad_lib.methods.vlmdiff import VLMDiff
 from zsad_lib.profiles import PROFILES, profile_options
 
 run_cli = CliRunner().invoke
@@ -148,6 +149,31 @@ def test_options_reach_the_methods_that_have_them(tree):
     assert runs("plain")[0]["config"]["start"] == "paper", "the profile gives what the command line does not"
     assert "--set nose=1: expected NAME=VALUE" in score(tree, "--set", "nose=1", code=2)
     assert "no profile 'huge'" in score(tree, "--profile", "huge", code=2)
+
+
+def test_captions_reach_the_methods_that_read_them(tree, monkeypatch):
+    class Reader(Model):
+        def __init__(self, backbone, features, start="official", captions=None, seed=0):
+            super().__init__(backbone, features, start, seed=seed)
+            self.config["captions"] = captions
+
+    monkeypatch.setitem(methods.METHODS, "model", Reader)
+    said = {sample: f"about {sample}" for sample in ("lid/test/good/000", "lid/test/spot/000")}
+    lines = [json.dumps({"id": sample, "caption": text}) for sample, text in said.items()]
+    Path("said.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    score(tree, "--captions", "said.jsonl", "--limit", 1, "--category", "lid")
+    read = {run["method"]: run["config"].get("captions") for run in runs()}
+    assert read == {"model": said, "local_contrast": None, "median": None, "patch_knn": None}
+
+
+def test_captions_for_a_method_that_reads_none_are_refused(tree, monkeypatch, capsys):
+    words = ["score", "--dataset", "mvtec_ad", "--root", str(tree), "--captions", "no.jsonl"]
+    assert "patch_knn reads none" in invoke(*words, "--method", "patch_knn", code=2)
+    monkeypatch.setattr(sys, "argv", ["zsad", *words, "--method", "vlmdiff"])
+    monkeypatch.setitem(methods.METHODS, "vlmdiff", VLMDiff)
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 2 and "zsad: no caption file at no.jsonl" in capsys.readouterr().err
 
 
 def test_every_profile_has_what_score_needs():

@@ -293,6 +293,46 @@ def read_captions(path: Path | str) -> dict[str, str]:
     return said
 
 
+def true_captions(dataset: AnomalyDataset) -> dict[str, str]:
+    """{image id: the sentence its drawing was made from} for a dataset in synthad's folder, by its attributes.jsonl.
+
+    The sentence of a damaged drawing is that of the drawing without the damage. CaptionError: another dataset, or an
+    image without a line.
+    """
+    path = dataset.root / "attributes.jsonl"
+    if not path.is_file():
+        raise CaptionError(f"no true captions for {dataset.name}: {path} is not there, only synthad's folder has it")
+    lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    truth = {line["file"]: line["caption"] for line in lines}
+    files = {s.id: s.image_path.relative_to(dataset.root).as_posix() for s in dataset.samples}
+    missing = [file for file in files.values() if file not in truth]
+    if missing:
+        raise CaptionError(
+            f"{path} has no line for {missing[0]} and {len(missing) - 1} other images: draw synthad anew"
+        )
+    return {name: truth[file] for name, file in files.items()}
+
+
+def exchange(dataset: AnomalyDataset, said: dict[str, str]) -> dict[str, str]:
+    """{image id: the caption of an image of the next category}, the last category's from the first: all wrong.
+
+    The k-th image of a category gets that of the next one's k-th, or, where there are fewer, starts over.
+    ValueError when there is but one category.
+    """
+    groups = defaultdict(list)
+    for sample in dataset.samples:
+        groups[sample.category].append(sample.id)
+    if len(groups) < 2:
+        raise ValueError(f"captions are exchanged between categories, and {dataset.name} has one here")
+    names = list(groups)
+    following = dict(zip(names, [*names[1:], names[0]], strict=True))
+    return {
+        name: said[groups[following[category]][k % len(groups[following[category]])]]
+        for category, members in groups.items()
+        for k, name in enumerate(members)
+    }
+
+
 def _fill(path, stamp, dataset, done, captioner, batch_size, progress) -> dict[str, str]:
     """Describe and append what `done` lacks. The caller holds the file's lock."""
     todo, known, added = defaultdict(list), {}, {}

@@ -190,6 +190,9 @@ def score(
     options: Annotated[
         list[str], typer.Option("--set", help="Option of the method, e.g. --set start=matched; repeatable.")
     ] = [],  # noqa: B006 typer copies it
+    captions: Annotated[
+        Path | None, typer.Option(help="File of `zsad caption`, for methods that read captions (vlmdiff).")
+    ] = None,
     category: Annotated[list[str], typer.Option(help="Only this one; repeatable.")] = [],  # noqa: B006
     limit: Annotated[int | None, typer.Option(help="At most so many of each category and defect.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Default: the profile's.")] = None,
@@ -200,8 +203,8 @@ def score(
 
     Unless --only is given, a method with a model is scored again with random weights in its U-Net, and so are
     the baselines without any model: local_contrast, median, patch_knn. A dataset without labels gets no
-    controls. A --set counts for every method that has the option. An interrupted command, started again,
-    goes on where it stopped; `zsad evaluate` prints the table.
+    controls. A --set counts for every method that has the option, and so do --captions. An interrupted
+    command, started again, goes on where it stopped; `zsad evaluate` prints the table.
     """
     from zsad_lib import methods, profiles, scoring
     from zsad_lib.datasets import load_dataset
@@ -211,7 +214,7 @@ def score(
     images = load_dataset(dataset, root, categories=category or None, limit=limit)
     labelled = any(sample.label >= 0 for sample in images.samples)
     plan = _plan(method, only or not labelled, random_weights)
-    chosen = _parse_options(options, [name for name, _ in plan])
+    chosen = _parse_options(options, [name for name, _ in plan]) | _read_captions(captions, plan)
     models = {key: value for key, value in (("backbone", backbone), ("features", features)) if value}
     for name, random in plan:
         own = {key: value for key, value in chosen.items() if key in methods.method_options(name)}
@@ -240,6 +243,20 @@ def _plan(method: str, only: bool, random_weights: str | None) -> list[tuple[str
         return [(name, random_weights) for name in named]
     plan = [(name, weights) for name in named for weights in (None, random_weights or "unet")]
     return plan + [(name, None) for name in BASELINES]
+
+
+def _read_captions(path: Path | None, plan: list[tuple[str, str | None]]) -> dict:
+    """{"captions": {image id: caption}} of a caption file, once some method of the plan reads captions."""
+    from zsad_lib.methods import METHODS, method_options
+
+    if path is None:
+        return {}
+    if not any("captions" in method_options(name) for name, _ in plan):
+        readers = [name for name in METHODS if "captions" in method_options(name)]
+        raise typer.BadParameter(f"--captions: {plan[0][0]} reads none; these do: {', '.join(readers) or 'none'}")
+    from zsad_lib.captions import read_captions
+
+    return {"captions": read_captions(path)}
 
 
 def _parse_options(pairs: list[str], names: list[str]) -> dict:

@@ -10,7 +10,6 @@ import re
 from pathlib import Path
 
 import torch
-from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 
 from zsad_lib.backbones import BackboneError, load_backbone
@@ -74,6 +73,8 @@ def convert_checkpoint(checkpoint, base, out, autoencoder=None, hint="imagenet",
         raise BackboneError(f"hint {hint!r} is unknown; use one of {list(HINTS)}")
     if Path(out).exists():
         raise BackboneError(f"{out} is there already: choose another folder")
+    from diffusers import StableDiffusionPipeline  # slow to import
+
     state, model = read_checkpoint(checkpoint), load_backbone(base, "cpu", torch.float32)
     guide = SemanticGuide.from_unet(model.unet, model.scale_factor.bit_length() - 1, **HINTS[hint])
     parts = {"unet": model.unet, "vae": model.vae, "text_encoder": model.text_encoder}

@@ -153,6 +153,24 @@ def heatmap(frame: pd.DataFrame, title: str, fmt: str = ".1f", cmap: str = "viri
     return figure
 
 
+def interval_dots(measured: pd.DataFrame, metric: str, label: str = "") -> Figure:
+    """A dot with its interval, in percent, for each category (rows) and method (colours): a frame of
+    ``scoring.measure``, and one of its metrics; what is undefined is left out. label: what the axis says."""
+    frame = measured[(measured["metric"] == metric) & measured["value"].notna()]
+    categories, methods = frame["category"].unique()[::-1], frame["method"].unique()
+    figure, axis = plt.subplots(figsize=(6.5, 0.8 + 0.34 * len(categories)))
+    for k, method in enumerate(methods):
+        rows = frame[frame["method"] == method].set_index("category").reindex(categories)
+        value, low, high = (100 * rows[column].to_numpy(float) for column in ("value", "low", "high"))
+        spread = np.nan_to_num(np.stack([value - low, high - value])).clip(0)
+        place = np.arange(len(categories)) + 0.24 * ((len(methods) - 1) / 2 - k)
+        axis.errorbar(value, place, xerr=spread, fmt="o", ms=4, capsize=2, lw=1, label=method)
+    axis.set(yticks=range(len(categories)), yticklabels=categories, xlabel=label or f"{metric}, percent")
+    axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.tight_layout()
+    return figure
+
+
 def histograms(panels: dict[str, dict], label: str = "", bins: int = 40, size=(5.25, 2.9)) -> Figure:
     """Histograms over each other, one panel a title: {title: {name: values [N]}}.
 

@@ -25,6 +25,14 @@ def menu(label: str, options: Sequence, value=None) -> widgets.Dropdown:
                             style={"description_width": "initial"})  # fmt: skip
 
 
+def text(label: str, suggestions: Sequence[str], value=None) -> widgets.Combobox:
+    """A line to type in, with suggestions; it counts when Enter is pressed, a suggestion picked, or the line left."""
+    suggestions = list(suggestions)
+    return widgets.Combobox(options=suggestions, value=suggestions[0] if value is None else value, description=label,
+                            continuous_update=False, ensure_option=False,
+                            style={"description_width": "initial"}, layout={"width": "560px"})  # fmt: skip
+
+
 def live(draw: Callable[..., Figure], **controls: widgets.ValueWidget) -> widgets.VBox:
     """Controls above the picture ``draw(**values)`` returns. An error in ``draw`` is shown instead of the picture
     and goes away with the next good value."""
