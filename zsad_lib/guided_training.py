@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from tqdm.auto import tqdm
 
 from zsad_lib import synthad
@@ -181,6 +181,8 @@ def train_vlmdiff(
         backbone.unet = train_unet(backbone.unet, widths, loss, work, unet_steps, seed)
     model = fit_guide(work, backbone, loss, steps, seed, learning_rate, mode, initialisation)
     parts = {"vae": backbone.vae, "text_encoder": backbone.text_encoder, "unet": model.unet}
+    from diffusers import StableDiffusionPipeline  # see recipes.py
+
     pipeline = StableDiffusionPipeline(
         **{name: part.half() for name, part in parts.items()}, tokenizer=backbone.tokenizer,
         scheduler=backbone.scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False,

@@ -134,6 +134,11 @@ def samples_table(names=PIPELINES, count: int = 12) -> pd.DataFrame:
     return pd.DataFrame(rows).T
 
 
+def megabytes(folder) -> float:
+    """What a checkpoint adds to the repository; weights that are links count where they are."""
+    return round(sum(file.lstat().st_size for file in Path(folder).rglob("*") if file.is_file()) / 1e6, 1)
+
+
 def loading_table() -> pd.DataFrame:
     """Megabytes on disk and seconds to load, of every checkpoint, once the libraries are imported.
 
@@ -149,8 +154,7 @@ def loading_table() -> pd.DataFrame:
         start = time.perf_counter()
         load(folder)
         seconds = time.perf_counter() - start
-        size = sum(file.lstat().st_size for file in folder.rglob("*") if file.is_file())  # of a linked one, the link
-        rows[name] = {"MB": round(size / 1e6, 1), "seconds to load": round(seconds, 2)}
+        rows[name] = {"MB": megabytes(folder), "seconds to load": round(seconds, 2)}
     return pd.DataFrame(rows).T
 
 

@@ -62,10 +62,16 @@ PROFILES = {
             "pool": 8,
             "mode": "sum",
         },
-        "dzad": {"backbone": "dzad-visa", "features": "resnet50", "reference": "visa", "sigma": 4, "pool": 8},
+        "dzad": {
+            "backbone": "checkpoints/dzad-visa",
+            "features": "resnet50",
+            "reference": "visa",
+            "sigma": 4,
+            "pool": 8,
+        },
         "vlmdiff": {
-            # a checkpoint with CompVis names, which convert.py must bring into the diffusers layout first
-            "backbone": "samethi/VLMDiff",
+            # the authors' checkpoint (samethi/VLMDiff on the hub), brought into this layout by `zsad convert`
+            "backbone": "checkpoints/vlmdiff",
             "steps": 10,
             "guidance_scale": 9,
             "normalisation": "imagenet",
@@ -79,7 +85,8 @@ PROFILES = {
     },
 }
 
-# DZAD's cross protocol: {profile: {set that is tested: (auxiliary set, model trained on its normal images)}}
+# DZAD's cross protocol: {profile: {set that is tested: (auxiliary set, model trained on its normal images)}}; the
+# paper's models come from `zsad train dzad --train-on visa`, which wants a GPU
 CROSS = {
     "lite": {
         "synthad-B": ("synthad-A", "lite-dzad-a"),
@@ -87,9 +94,9 @@ CROSS = {
         "magnetic_tile": ("synthad-A", "lite-dzad-a"),
     },
     "paper": {
-        "mvtec_ad": ("visa", "dzad-visa"),
-        "visa": ("mvtec_ad", "dzad-mvtec_ad"),
-        "btad": ("visa", "dzad-visa"),
+        "mvtec_ad": ("visa", "checkpoints/dzad-visa"),
+        "visa": ("mvtec_ad", "checkpoints/dzad-mvtec_ad"),
+        "btad": ("visa", "checkpoints/dzad-visa"),
     },
 }
 

@@ -22,7 +22,6 @@ from diffusers import (
     DDIMScheduler,
     DDPMPipeline,
     DDPMScheduler,
-    StableDiffusionPipeline,
     UNet2DConditionModel,
     UNet2DModel,
 )
@@ -230,6 +229,8 @@ def train_pipeline(
         return denoising_loss(lambda z, t: m(z, t, ids), latents, alphas_cumprod, generator)
 
     model = fit("unet", model, loss, work, steps, learning_rate, seed)
+    from diffusers import StableDiffusionPipeline  # at the top it would warn of torchvision, which nothing here uses
+
     pipeline = StableDiffusionPipeline(
         vae=vae, text_encoder=model.text_encoder, tokenizer=tokenizer, unet=model.unet, scheduler=scheduler,
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
