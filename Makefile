@@ -10,6 +10,9 @@ NOTEBOOKS := $(wildcard notebooks/*.ipynb notebooks/solutions/*.ipynb)
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 STAGE := .ci/stage
+# Two processes of one thread each: the small networks gain little from a second thread. A file stays in one process,
+# and the order stays, so that a notebook and its solutions do not score into one folder at the same time.
+TWO := -n 2 --dist loadfile --no-loadscope-reorder
 
 report: $(STAMP)
 	@$(STAGE) report $(BIN)/zsad report
@@ -23,7 +26,7 @@ lint: $(STAMP)
 	@$(STAGE) lint $(BIN)/ruff check . && $(STAGE) format $(BIN)/ruff format --check .
 
 unit: $(STAMP)
-	@$(STAGE) "unit tests" $(BIN)/python -m pytest
+	@OMP_NUM_THREADS=1 $(STAGE) "unit tests" $(BIN)/python -m pytest $(TWO)
 
 # The committed outputs are the expectation: a notebook that prints something else fails.
 nbval: $(STAMP)
@@ -31,7 +34,7 @@ ifeq ($(NOTEBOOKS),)
 	@echo "[zsad] no notebook to check"
 else
 	@$(STAGE) "synthad" $(BIN)/zsad data make synthad
-	@$(STAGE) "notebooks" $(BIN)/python -m pytest --nbval --nbval-current-env \
+	@OMP_NUM_THREADS=1 $(STAGE) "notebooks" $(BIN)/python -m pytest --nbval --nbval-current-env $(TWO) \
 		--nbval-sanitize-with tests/nbval_sanitize.cfg $(NOTEBOOKS)
 endif
 

@@ -8,6 +8,7 @@ printed figures lie in `zsad_lib/published/`.
 
 import hashlib
 import json
+import os
 import re
 import zipfile
 from collections.abc import Callable
@@ -100,7 +101,7 @@ def _save(path, measured, digest):
     arrays["digest"] = np.array(digest)
     if measured.similarity is not None:
         arrays["similarity"] = measured.similarity
-    temporary = path.with_name(f".writing-{path.name}")
+    temporary = path.with_name(f".writing-{os.getpid()}-{path.name}")  # another process may measure the same
     with open(temporary, "wb") as file:
         np.savez(file, **arrays)
     temporary.replace(path)
