@@ -217,6 +217,7 @@ def test_texts_are_captions_or_empty(in_tmp):
     ("name", "options", "message"),
     [
         ("dzad", {}, "needs --train-on: synthad"),
+        ("vlmdiff", {"train_on": "synthad-A"}, "needs a captioner: --set captioner=NAME"),
         ("lite-dzad-a", {"mode": "half"}, "mode 'half' is unknown"),
         ("lite-dzad-a", {"initialisation": "zero"}, "initialisation 'zero' is unknown"),
         ("lite-dzad-a", {"schedule": "longer"}, "schedule reading 'longer' is unknown"),
@@ -226,3 +227,12 @@ def test_guidance_options_that_cannot_work(in_tmp, name, options, message):
     options = {"per_category": 1, "steps": 1, "device": "cpu", "base": "lite-group-a", **options}
     with pytest.raises(ValueError, match=message):
         recipes.train(name, **options)
+
+
+def test_captions_of_a_file_are_put_to_their_images(in_tmp):
+    Path("said.jsonl").write_text("".join(json.dumps({"id": k, "caption": f"a {k}"}) + "\n" for k in "abc"))
+    assert guided_training.told("said.jsonl", ["c", "a"]) == ["a c", "a a"]
+    with pytest.raises(training.TrainingError, match="no caption for 1 of 2 images: d"):
+        guided_training.told("said.jsonl", ["a", "d"])
+    with pytest.raises(training.TrainingError, match="drawings have no caption file"):
+        guided_training.told("said.jsonl", None)

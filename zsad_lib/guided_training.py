@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from zsad_lib import synthad
 from zsad_lib.backbones import extend_schedule, load_backbone
-from zsad_lib.captions import load_captioner
+from zsad_lib.captions import load_captioner, read_captions
 from zsad_lib.datasets import load_dataset, load_images
 from zsad_lib.guidance import SETTINGS, SemanticGuide, guided_unet, save_guided, train_guided
 from zsad_lib.training import (
@@ -45,7 +45,7 @@ class GuidedUNet(torch.nn.Module):
 
 
 def normal_images(train_on: str, work: Path, size: int, per_category: int, seed: int, root=None):
-    """Normal images to train on: uint8 [N,size,size,3] and a sentence of what they are.
+    """Normal images to train on: uint8 [N,size,size,3], a sentence of what they are, and their ids (of drawings: None).
 
     train_on: "synthad", "synthad-A" or "synthad-B" for new drawings, or a dataset's name for its training split, kept
     below `root`. TrainingError when that has no normal image.
@@ -55,12 +55,13 @@ def normal_images(train_on: str, work: Path, size: int, per_category: int, seed:
     if train_on in SYNTHAD:
         categories = SYNTHAD[train_on]
         images, _ = draw_pool(work, categories, per_category, seed, size=size)
-        return images, f"{len(images)}: {per_category} drawings of each of {', '.join(categories)}"
+        return images, f"{len(images)}: {per_category} drawings of each of {', '.join(categories)}", None
     samples = [s for s in load_dataset(train_on, root, split="train").samples if s.label == 0]
     if not samples:
         raise TrainingError(f"{train_on} has no normal image to train on")
     pixels = [(load_images([s], size) * 255).round().byte() for s in tqdm(samples, desc="reading", unit="img")]
-    return torch.cat(pixels).permute(0, 2, 3, 1).numpy(), f"{len(samples)} normal images of {train_on}"
+    images = torch.cat(pixels).permute(0, 2, 3, 1).numpy()
+    return images, f"{len(samples)} normal images of {train_on}", [sample.id for sample in samples]
 
 
 def denoiser_loss(work, backbone, images, texts, alphas_cumprod):
@@ -113,12 +114,12 @@ def train_dzad(
     (`backbones.extend_schedule`); mode, initialisation: see guidance.py.
     """
     backbone = load_backbone(base, device, torch.float32)
-    images, source = normal_images(train_on, work, backbone.image_size, per_category, seed, root)
+    images, source, _ = normal_images(train_on, work, backbone.image_size, per_category, seed, root)
     levels = extend_schedule(backbone.scheduler, timesteps, schedule).alphas_cumprod
     text = backbone.embed([""])
     loss = denoiser_loss(work, backbone, images, lambda chosen, _: text.expand(len(chosen), -1, -1), levels)
     model = fit_guide(work, backbone, loss, steps, seed, learning_rate, mode, initialisation)
-    facts = {"base": Path(base).name, "train_on": train_on, "mode": mode, "initialisation": initialisation,
+    facts = {"base": base, "train_on": train_on, "mode": mode, "initialisation": initialisation,
              "timesteps": timesteps, "schedule": schedule}  # fmt: skip
     save_guided(out, model.unet.half(), model.guide.half(), facts)
     write_card(
@@ -147,6 +148,17 @@ def caption_pool(captioner: str, images: np.ndarray, work: Path, device) -> list
     return json.loads(target.read_text())
 
 
+def told(path: str, ids: list[str] | None) -> list[str]:
+    """The captions of the images `ids` in a file of `zsad caption`. TrainingError names those that have none."""
+    if ids is None:
+        raise TrainingError("new drawings have no caption file: leave captions out, the captioner describes them")
+    said = read_captions(path)
+    missing = [name for name in ids if name not in said]
+    if missing:
+        raise TrainingError(f"{path} has no caption for {len(missing)} of {len(ids)} images: {', '.join(missing[:5])}")
+    return [said[name] for name in ids]
+
+
 def train_vlmdiff(
     out: Path,
     work: Path,
@@ -155,9 +167,10 @@ def train_vlmdiff(
     device,
     train_on: str,
     base: str,
-    captioner: str,
+    captioner: str | None,
     per_category: int,
     learning_rate: float,
+    captions: str | None = None,
     widths=None,
     unet_steps: int = 0,
     vae_steps: int = 0,
@@ -169,14 +182,19 @@ def train_vlmdiff(
 
     base: the pipeline it starts from. vae_steps: its autoencoder is fine-tuned on the images first (the paper's stage
     1). widths, unet_steps: another U-Net of these widths takes the place of the base's, trained on the same images and
-    captions with the base's frozen text encoder. captioner: writes the captions.
+    captions with the base's frozen text encoder. captions: a file of `zsad caption DATASET --split train`, which can be
+    interrupted; without it the captioner describes the images here.
     """
+    if not (captioner or captions):
+        raise TrainingError(
+            "this recipe needs a captioner: --set captioner=NAME, or captions=FILE of zsad caption"
+        )
     backbone = load_backbone(base, device, torch.float32)
-    images, source = normal_images(train_on, work, backbone.image_size, per_category, seed, root)
-    captions = caption_pool(captioner, images, work, device)
+    images, source, ids = normal_images(train_on, work, backbone.image_size, per_category, seed, root)
+    said = told(captions, ids) if captions else caption_pool(captioner, images, work, device)
     if vae_steps:
         tune_autoencoder(backbone.vae, images, work, vae_steps, seed)
-    loss = denoiser_loss(work, backbone, images, embed_texts(backbone, captions), backbone.alphas_cumprod)
+    loss = denoiser_loss(work, backbone, images, embed_texts(backbone, said), backbone.alphas_cumprod)
     if widths:
         backbone.unet = train_unet(backbone.unet, widths, loss, work, unet_steps, seed)
     model = fit_guide(work, backbone, loss, steps, seed, learning_rate, mode, initialisation)
@@ -189,7 +207,7 @@ def train_vlmdiff(
     )  # fmt: skip
     pipeline.save_pretrained(out)
     model.guide.half().save_pretrained(out / "guide")
-    facts = {"train_on": train_on, "captioner": Path(captioner).name, "mode": mode, "initialisation": initialisation,
+    facts = {"train_on": train_on, "captioner": captions or captioner, "mode": mode, "initialisation": initialisation,
              "timesteps": len(backbone.alphas_cumprod), "schedule": "rebuilt"}  # fmt: skip
     write_json(out / SETTINGS, facts)
     write_card(

@@ -508,7 +508,7 @@ RECIPES = {
             "train_on": "synthad",
             "base": "checkpoints/lite-foundation",
             "per_category": 1200,
-            "captioner": "checkpoints/lite-captioner",
+            "captioner": "lite-captioner",
             "widths": (32, 48, 64),
             "unet_steps": 3000,
         },
