@@ -186,9 +186,7 @@ def train_vlmdiff(
     interrupted; without it the captioner describes the images here.
     """
     if not (captioner or captions):
-        raise TrainingError(
-            "this recipe needs a captioner: --set captioner=NAME, or captions=FILE of zsad caption"
-        )
+        raise TrainingError("this recipe needs a captioner: --set captioner=NAME, or captions=FILE of zsad caption")
     backbone = load_backbone(base, device, torch.float32)
     images, source, ids = normal_images(train_on, work, backbone.image_size, per_category, seed, root)
     said = told(captions, ids) if captions else caption_pool(captioner, images, work, device)
