@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers import DDPMPipeline
 from PIL import Image
+from test_backbones import tiny_backbone
 
 from zsad_lib import guided_training, recipes, synthad, training
 from zsad_lib.backbones import load_backbone, load_features
@@ -236,3 +237,8 @@ def test_captions_of_a_file_are_put_to_their_images(in_tmp):
         guided_training.told("said.jsonl", ["a", "d"])
     with pytest.raises(training.TrainingError, match="drawings have no caption file"):
         guided_training.told("said.jsonl", None)
+
+
+def test_a_base_that_predicts_no_noise_is_refused(in_tmp):
+    with pytest.raises(training.TrainingError, match="predicts v_prediction"):
+        guided_training.denoiser_loss(Path("."), tiny_backbone("v_prediction"), None, None, torch.ones(9))

@@ -68,7 +68,10 @@ def denoiser_loss(work, backbone, images, texts, alphas_cumprod):
     """The loss of `training.fit` (DZAD, eq. 8) for a network of (latents, timesteps, text, images in [0,1]).
 
     images: uint8 [N,S,S,3]; texts(chosen, generator) -> text embeddings [B,L,D] of the images `chosen` (indices [B]).
+    TrainingError for a backbone that does not predict noise.
     """
+    if backbone.prediction_type != "epsilon":
+        raise TrainingError(f"{backbone.name} predicts {backbone.prediction_type}, and eq. 8 trains a predicted noise")
     device, scale = backbone.device, backbone.vae.config.scaling_factor
     mean, std = encode_pool(backbone.vae, images, work, device)
     alphas_cumprod = alphas_cumprod.to(device)
