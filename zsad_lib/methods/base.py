@@ -65,3 +65,14 @@ def _generator(text):
 def to_host(tensor):
     """An ordinary float32 copy on the CPU; a tensor made under inference_mode cannot be changed in place."""
     return tensor.to("cpu", torch.float32, copy=True)
+
+
+def redrawn_scores(image, distance, reconstruction, latent, evaluations):
+    """The Scores of a method that redraws: image scores [B], maps [B,H,W], what was drawn [B,3,H,W], the latent that it
+    was drawn from [B,C,h,w], and how many network evaluations an image cost."""
+    details = {
+        "reconstruction": to_host(reconstruction),
+        "latent": to_host(latent),
+        "evaluations": torch.full((len(image),), evaluations),
+    }
+    return Scores(to_host(image), to_host(distance), details)

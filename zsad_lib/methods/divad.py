@@ -6,7 +6,7 @@ Mirrors the authors' `ddim_inversion.py` (reconstruction) and `test.py` (map, im
 import torch
 
 from zsad_lib import ddim, maps
-from zsad_lib.methods.base import MethodError, Scores, check_batch, image_noise, to_host
+from zsad_lib.methods.base import MethodError, check_batch, image_noise, redrawn_scores
 
 PROMPT = "An image of a {category}"
 
@@ -218,9 +218,4 @@ class DIVAD:
             settings = [self.config[key] for key in ("map_size", "sigma", "pool", "mode")]
             distance, image = maps.compare(self.features(images), self.features(reconstruction), *settings)
         evaluations = (self.backbone.evaluations - before) / len(images)
-        details = {
-            "reconstruction": to_host(reconstruction),
-            "latent": to_host(latent),
-            "evaluations": torch.full((len(images),), evaluations),
-        }
-        return Scores(to_host(image), to_host(distance), details)
+        return redrawn_scores(image, distance, reconstruction, latent, evaluations)

@@ -14,7 +14,7 @@ import torch
 
 from zsad_lib import ddim, maps
 from zsad_lib.guidance import GuidanceError, GuidedModel, check_mode
-from zsad_lib.methods.base import MethodError, Scores, check_batch, image_noise, to_host
+from zsad_lib.methods.base import MethodError, check_batch, image_noise, redrawn_scores
 
 STARTS = ("official", "matched")
 NORMALISATIONS = {  # (mean, std) of the images that the autoencoder is given
@@ -209,12 +209,7 @@ class VLMDiff:
             settings = [self.config[key] for key in ("map_size", "sigma", "pool", "mode")]
             distance, image = maps.compare(self.features(images), self.features(reconstruction), *settings)
         evaluations = (self.backbone.evaluations - before) / len(images)
-        details = {
-            "reconstruction": to_host(reconstruction),
-            "latent": to_host(latent),
-            "evaluations": torch.full((len(images),), evaluations),
-        }
-        return Scores(to_host(image), to_host(distance), details)
+        return redrawn_scores(image, distance, reconstruction, latent, evaluations)
 
 
 def _identity(captions):
