@@ -1,9 +1,9 @@
 """DZAD: noise errors at many timesteps tell whether an image is anomalous, a guided reconstruction shows where.
 
 Source: Zhang, Gao, Li and Gao, "Diffusion-based Zero-shot Anomaly Detection" (AAAI 2025), eqs. 11-15. One pass over the
-images (`DZAD.measure`) costs N·M·K network evaluations for the matrix F, and one for each DDIM step of the reconstruction
-(the last, idle one is left out: 9 of 10 from the top). Every decision, weighting and map is a `Reading` of what it keeps.
-The paper leaves much open: what was taken is named at each function.
+images (`DZAD.measure`) costs N·M·K network evaluations for the matrix F, and one for each DDIM step of the
+reconstruction (the last, idle one is left out: 9 of 10 from the top). Every decision, weighting and map is a `Reading`
+of what it keeps. The paper leaves much open: what was taken is named at each function.
 """
 
 from dataclasses import asdict, dataclass, replace
