@@ -68,6 +68,38 @@ def test_a_failing_notebook_is_named_with_its_error(project):
         report.build(out="artifacts", only="03")
 
 
+def test_two_notebooks_run_at_a_time_and_stand_in_their_order(project, monkeypatch):
+    monkeypatch.setattr(report.torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    meet = """
+import os, pathlib, time
+here, there = pathlib.Path(out, {!r}), pathlib.Path(out, {!r})
+here.touch()
+while not there.exists():
+    time.sleep(0.05)
+assert int(os.environ["OMP_NUM_THREADS"]) == max(1, os.cpu_count() // 2)
+time.sleep({})
+"""
+    _notebook(project / "notebooks/03_slow.ipynb", meet.format("three", "four", 1))
+    _notebook(project / "notebooks/04_fast.ipynb", meet.format("four", "three", 0))
+    page = report.build(out="artifacts").read_text()
+    assert page.index('id="benchmark"') < page.index('id="03_slow"') < page.index('id="04_fast"')
+    facts = json.loads((project / "artifacts/provenance.json").read_text())
+    assert facts["seconds"] < sum(facts["durations_s"].values())
+    assert "OMP_NUM_THREADS" not in report.os.environ
+
+
+def test_a_failure_stops_what_has_not_begun(project, monkeypatch):
+    monkeypatch.setattr(report.torch.cuda, "is_available", lambda: True)  # one at a time
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    _notebook(project / "notebooks/03_bad.ipynb", "1 / 0")
+    for k in range(4, 8):
+        _notebook(project / f"notebooks/0{k}_good.ipynb", "x = 1")
+    with pytest.raises(report.ReportError, match="03_bad"):
+        report.build(out="artifacts")
+    assert not (project / "artifacts/notebooks/07_good.html").exists() and "OMP_NUM_THREADS" not in report.os.environ
+
+
 def test_no_such_notebook(project):
     with pytest.raises(report.ReportError, match="no notebook 07"):
         report.build(only="07")
