@@ -14,7 +14,7 @@ from conftest import ROOT
 
 # Ground floor first. A module may import its own floor and the floors below it, never one above.
 FLOORS = [
-    ["canvas", "scenes", "synthad", "metrics", "manifest", "weighting", "toy"],
+    ["canvas", "scenes", "synthad", "pictures", "metrics", "manifest", "weighting", "toy"],
     ["datasets", "backbones", "pixel_models", "image_sets", "maps", "ddim", "guidance", "convert"],
     ["methods", "noise_errors"],
     ["profiles", "training", "scoring", "captions", "ood", "dzad_tables"],

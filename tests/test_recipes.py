@@ -186,6 +186,27 @@ def test_dzad_recipe_writes_the_trained_parts_beside_their_base(in_tmp):
     assert not list(out.rglob("*vae*"))
 
 
+def test_pictures_of_no_product_are_mixed_in_and_named_on_the_card(in_tmp):
+    here = recipes.__file__.rpartition("/zsad_lib/")[0]
+    tiny = {"per_category": 1, "steps": 1, "device": "cpu", "pictures": 16}
+    for name, count, options in (
+        ("lite-group-a", 6 + 11 + 16, {"autoencoder": f"{here}/checkpoints/lite-foundation"}),
+        ("lite-dzad-a", 6 + 16, {}),
+    ):
+        out = recipes.train(name, "out", **tiny, **options)
+        assert f"; 16 {training.GENERIC}" in (out / "README.md").read_text()
+        latents = torch.load(next(Path("training").glob(f"{name}*/latents.pt")), weights_only=True)
+        assert len(latents["mean"]) == count
+
+
+@pytest.mark.parametrize("levels", [0, 1, 2, 3])
+def test_the_deepest_levels_attend(levels):
+    config = recipes.build_unet((16, 32, 32), levels).config
+    attends = [kind.startswith("CrossAttn") for kind in config.down_block_types]
+    assert attends == [False] * (3 - levels) + [True] * levels
+    assert [kind.startswith("CrossAttn") for kind in config.up_block_types] == attends[::-1]
+
+
 def test_vlmdiff_recipe_writes_a_pipeline_with_its_guide(in_tmp):
     here = recipes.__file__.rpartition("/zsad_lib/")[0]
     models = {"base": f"{here}/checkpoints/lite-foundation", "captioner": f"{here}/checkpoints/lite-captioner"}

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from zsad_lib import synthad, training
+from zsad_lib import pictures, synthad, training
 
 
 def _fit(folder, steps=12, seed=0, stop_after=None, every=4):
@@ -70,3 +70,10 @@ def test_a_pool_holds_drawings_and_photographs(tmp_path):
     np.testing.assert_array_equal(images[0], synthad.draw("gauge", "train/0/0").image)
     stored, _ = training.draw_pool(tmp_path, ["gauge"], per_category=2, seed=0, photos=1)
     np.testing.assert_array_equal(images, stored)
+
+
+def test_pictures_of_no_product_have_no_caption(tmp_path):
+    images, captions = training.draw_pool(tmp_path, ["gauge"], per_category=1, seed=3, pictures=17)
+    assert len(images) == len(captions) == 1 + 16 and captions[1:] == [""] * 16
+    assert len({image.tobytes() for image in images}) == 17
+    np.testing.assert_array_equal(images[-1], pictures.draw("train/3/7/1"))

@@ -122,3 +122,11 @@ def segment_distance(c: Canvas, x0, y0, x1, y1):
 def blend(picture: np.ndarray, alpha: np.ndarray, colour) -> None:
     """Paint ``colour`` (triple, or picture [n, n, 3]) over ``picture`` in place with coverage ``alpha`` [n, n]."""
     picture += alpha[:, :, None] * (np.asarray(colour, dtype=np.float64) - picture)
+
+
+def photograph(c: Canvas, picture: np.ndarray, light: tuple, noise: np.ndarray) -> np.ndarray:
+    """Uneven light (gain, gain across, gain down) and sensor noise [size, size, 3], then 8 bits: uint8 like noise."""
+    gain, gx, gy = light
+    shade = gain + gx * (c.x - 0.5) + gy * (c.y - 0.5)
+    reduced = c.reduce(np.clip(picture, 0.0, 1.0) * shade[:, :, None]) + noise
+    return np.floor(np.clip(reduced, 0.0, 1.0) * 255.0 + 0.5).astype(np.uint8)

@@ -17,6 +17,7 @@ from zsad_lib.captions import load_captioner, read_captions
 from zsad_lib.datasets import load_dataset, load_images
 from zsad_lib.guidance import SETTINGS, SemanticGuide, guided_unet, save_guided, train_guided
 from zsad_lib.training import (
+    GENERIC,
     TrainingError,
     denoising_loss,
     draw_pool,
@@ -109,15 +110,20 @@ def train_dzad(
     schedule: str = "rebuilt",
     mode: str = "only mid",
     initialisation: str = "trainable",
+    pictures: int = 0,
     root=None,
 ) -> None:
     """DZAD's semantic guidance beside the pipeline `base`, from normal images of an auxiliary set, without prompts.
 
     Trained: the guide, and the U-Net's decoder and output. timesteps, schedule: the training timesteps
-    (`backbones.extend_schedule`); mode, initialisation: see guidance.py.
+    (`backbones.extend_schedule`); mode, initialisation: see guidance.py. pictures: how many pictures of no product are
+    mixed in (`training.draw_pool`), so that a small decoder does not forget what it knew of them.
     """
     backbone = load_backbone(base, device, torch.float32)
     images, source, _ = normal_images(train_on, work, backbone.image_size, per_category, seed, root)
+    if pictures:
+        others, _ = draw_pool(work / "pictures", (), 0, seed, size=backbone.image_size, pictures=pictures)
+        images, source = np.concatenate([images, others]), f"{source}; {len(others)} {GENERIC}"
     levels = extend_schedule(backbone.scheduler, timesteps, schedule).alphas_cumprod
     text = backbone.embed([""])
     loss = denoiser_loss(work, backbone, images, lambda chosen, _: text.expand(len(chosen), -1, -1), levels)
@@ -129,7 +135,8 @@ def train_dzad(
         out, work, "diffusers",
         f"DZAD's semantic guidance for {facts['base']}: the guide and the U-Net's trained decoder, from normal images "
         "only, without prompts. The frozen parts are the base's and are not stored again.",
-        f"It has seen normal images of {train_on} alone; what it does with others is what the cross protocol measures.",
+        f"Of products it has seen normal images of {train_on} alone; what it does with others is what the cross "
+        "protocol measures.",
         {"training images": source, "mode": mode, "initialisation of the fusion": initialisation,
          "training timesteps": f"{timesteps} ({schedule})"},
     )  # fmt: skip

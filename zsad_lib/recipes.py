@@ -46,6 +46,7 @@ from zsad_lib.backbones import load_backbone
 from zsad_lib.datasets import load_dataset, load_images
 from zsad_lib.guided_training import train_dzad, train_vlmdiff
 from zsad_lib.training import (
+    GENERIC,
     PHOTOGRAPHS,
     TrainingError,
     denoising_loss,
@@ -141,15 +142,17 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
     )  # fmt: skip
 
 
-def build_unet(widths=(96, 128, 128)) -> UNet2DConditionModel:
+def build_unet(widths=(96, 128, 128), attention_levels: int = 2) -> UNet2DConditionModel:
+    """attention_levels: how many of the three levels attend (to the words, and from place to place), deepest first."""
+    attends = [level >= 3 - attention_levels for level in range(3)]
     return UNet2DConditionModel(
         sample_size=16,
         in_channels=LATENT_CHANNELS,
         out_channels=LATENT_CHANNELS,
         layers_per_block=1,
         block_out_channels=widths,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        down_block_types=["CrossAttnDownBlock2D" if here else "DownBlock2D" for here in attends],
+        up_block_types=["CrossAttnUpBlock2D" if here else "UpBlock2D" for here in reversed(attends)],
         cross_attention_dim=128,
         attention_head_dim=4,
         norm_num_groups=16,
@@ -194,14 +197,18 @@ def train_pipeline(
     autoencoder: str | None = None,
     tokenizer: str | None = None,
     widths=(96, 128, 128),
+    attention_levels: int = 2,
+    pictures: int = 0,
     learning_rate: float = 5e-4,
 ) -> None:
     """A text-conditioned latent diffusion pipeline on normal draws of ``categories`` and on photographs.
 
+    pictures: how many pictures of no product are mixed in, under the empty prompt (see `training.draw_pool`).
+
     autoencoder: the folder of a pipeline whose autoencoder is kept as it is; without it one is trained. tokenizer: a
     folder whose tokenizer is kept where it exists, so that a rerun numbers the words as the shipped model does.
     """
-    images, captions = draw_pool(work, categories, per_category, seed, max(1, per_category // 8))
+    images, captions = draw_pool(work, categories, per_category, seed, max(1, per_category // 8), pictures=pictures)
     if autoencoder:
         vae = load_backbone(require_pipeline(autoencoder), device).vae
     else:
@@ -217,7 +224,7 @@ def train_pipeline(
     scheduler = build_scheduler()
     alphas_cumprod = scheduler.alphas_cumprod.to(device)
     torch.manual_seed(seed)
-    model = TextToNoise(build_text_encoder(tokenizer), build_unet(widths)).to(device)
+    model = TextToNoise(build_text_encoder(tokenizer), build_unet(widths, attention_levels)).to(device)
 
     def loss(m, generator):
         chosen = pick(generator, len(images), BATCH)
@@ -241,10 +248,11 @@ def train_pipeline(
     write_card(
         out, work, "diffusers",
         "A compact text-conditioned latent diffusion pipeline for 64 x 64 images, trained on normal images only.",
-        "It knows the drawn categories above and eleven photographs, nothing else; real products it has never seen "
-        "are rebuilt blurred, whether damaged or not.",
+        f"It knows the drawn categories above, eleven photographs{' and pictures of no product' * bool(pictures)}, "
+        "nothing else; real products it has never seen are rebuilt blurred, whether damaged or not.",
         {"training images": f"{len(images)}: {per_category} drawings of each of {', '.join(categories)}; crops of "
-                            f"scikit-image's photographs ({', '.join(PHOTOGRAPHS)})",
+                            f"scikit-image's photographs ({', '.join(PHOTOGRAPHS)})"
+                            + f"; {pictures} {GENERIC}" * bool(pictures),
          "text": "the caption, its first clause, or nothing (50 / 40 / 10 percent)",
          "autoencoder": f"{Path(autoencoder).name}'s, unchanged: it saw that model's images" if autoencoder
                         else "trained on the same images"},
@@ -476,10 +484,11 @@ def train_captioner(out: Path, work: Path, steps: int, seed: int, device, catego
 # --- recipes ------------------------------------------------------------------------------------------------------
 
 ALL = tuple(synthad.CATEGORIES)
-# as in DZAD, whose autoencoder is Stable Diffusion's, the general part is shared; what differs saw one group alone
+# as in DZAD, whose base is Stable Diffusion: the autoencoder is shared, and half of the images are of no product, so
+# that the network predicts noise on products it has never seen; of products it saw one group alone
 GROUP = {
-    "per_category": 1600, "steps": 3000, "widths": (48, 64, 96), "learning_rate": 8e-4,
-    "autoencoder": "checkpoints/lite-foundation",
+    "per_category": 1600, "pictures": 12_000, "steps": 2800, "widths": (64, 64, 80), "attention_levels": 3,
+    "learning_rate": 8e-4, "autoencoder": "checkpoints/lite-foundation",
 }  # fmt: skip
 
 
@@ -498,8 +507,14 @@ RECIPES = {
     ),
     "lite-group-a": (train_pipeline, {"categories": tuple(synthad.GROUPS["A"]), **GROUP, **_words("lite-group-a")}),
     "lite-group-b": (train_pipeline, {"categories": tuple(synthad.GROUPS["B"]), **GROUP, **_words("lite-group-b")}),
-    "lite-dzad-a": (train_dzad, {**GUIDE, "train_on": "synthad-A", "base": "lite-group-a"}),
-    "lite-dzad-b": (train_dzad, {**GUIDE, "train_on": "synthad-B", "base": "lite-group-b"}),
+    "lite-dzad-a": (
+        train_dzad,
+        {**GUIDE, "train_on": "synthad-A", "base": "lite-group-a", "pictures": 6000, "steps": 2000},
+    ),
+    "lite-dzad-b": (
+        train_dzad,
+        {**GUIDE, "train_on": "synthad-B", "base": "lite-group-b", "pictures": 6000, "steps": 2000},
+    ),
     "lite-vlmdiff": (
         train_vlmdiff,
         # a narrower U-Net than its base's: what is shipped must stay small

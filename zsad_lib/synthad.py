@@ -17,7 +17,7 @@ from PIL import Image
 from scipy import ndimage
 from tqdm.auto import tqdm
 
-from zsad_lib.canvas import Canvas, Dice, blend, cover, disc_distance, segment_distance, value_noise
+from zsad_lib.canvas import Canvas, Dice, blend, cover, disc_distance, photograph, segment_distance, value_noise
 from zsad_lib.scenes import CATEGORIES, GROUPS, PALETTE, Scene
 
 __all__ = ["CATEGORIES", "DEFECTS", "GROUPS", "Drawing", "draw", "export"]
@@ -188,14 +188,6 @@ def _damage(category: str, defect: str, seed: str, canvas: Canvas, scene: Scene,
     raise RuntimeError(f"synthad could not place a {defect} on {category} with seed {seed!r}")
 
 
-def _photograph(d: Dice, canvas: Canvas, picture: np.ndarray, light: tuple, noise: np.ndarray) -> np.ndarray:
-    """Uneven light and sensor noise, then 8 bits."""
-    gain, gx, gy = light
-    shade = gain + gx * (canvas.x - 0.5) + gy * (canvas.y - 0.5)
-    reduced = canvas.reduce(np.clip(picture, 0.0, 1.0) * shade[:, :, None]) + noise
-    return np.floor(np.clip(reduced, 0.0, 1.0) * 255.0 + 0.5).astype(np.uint8)
-
-
 def draw(category: str, seed: str, defect: str = "good", size: int = 64) -> Drawing:
     """Draw one image.
 
@@ -217,7 +209,7 @@ def draw(category: str, seed: str, defect: str = "good", size: int = 64) -> Draw
     picture = normal
     if defect != "good":
         picture, mask = _damage(category, defect, seed, canvas, scene, normal, region)
-    image = _photograph(d, canvas, picture, light, noise)
+    image = photograph(canvas, picture, light, noise)
     return Drawing(image, mask, category, defect, scene.words, caption(category, scene.words))
 
 

@@ -20,6 +20,7 @@ from skimage import data as photographs
 from torch.optim.swa_utils import AveragedModel
 from tqdm.auto import tqdm
 
+from zsad_lib import pictures as generic
 from zsad_lib import synthad
 
 PHOTOGRAPHS = (
@@ -35,6 +36,7 @@ PHOTOGRAPHS = (
     "rocket",
     "page",
 )
+GENERIC = "pictures of no product (zsad_lib.pictures)"
 
 
 class TrainingError(ValueError):
@@ -47,6 +49,10 @@ class TrainingError(ValueError):
 def _draw_many(category: str, seed: int, count: int, size: int) -> tuple[np.ndarray, list[str]]:
     drawings = [synthad.draw(category, f"train/{seed}/{k}", size=size) for k in range(count)]
     return np.stack([d.image for d in drawings]), [d.caption for d in drawings]
+
+
+def _draw_pictures(part: int, seed: int, count: int, size: int) -> tuple[np.ndarray, list[str]]:
+    return np.stack([generic.draw(f"train/{seed}/{part}/{k}", size) for k in range(count)]), [""] * count
 
 
 def photograph_crops(name: str, seed: int, count: int, size: int) -> tuple[np.ndarray, list[str]]:
@@ -65,16 +71,21 @@ def photograph_crops(name: str, seed: int, count: int, size: int) -> tuple[np.nd
     return np.stack(crops), [f"A photograph of {name}"] * count
 
 
-def draw_pool(folder: Path, categories, per_category: int, seed: int, photos: int = 0, size: int = 64):
+def draw_pool(
+    folder: Path, categories, per_category: int, seed: int, photos: int = 0, size: int = 64, pictures: int = 0
+):
     """Normal images for training: uint8 [N, size, size, 3] and their captions [N].
 
-    per_category drawings of each category, and ``photos`` crops of each of PHOTOGRAPHS. Drawn once, kept in ``folder``.
+    per_category drawings of each category, ``photos`` crops of each of PHOTOGRAPHS, and ``pictures`` of no product at
+    all (see `zsad_lib.pictures`; rounded down to a multiple of 8), which have no caption. Drawn once, kept in
+    ``folder``.
     """
     target, meta = folder / "pool.npy", folder / "pool.json"
     if not meta.exists():
         folder.mkdir(parents=True, exist_ok=True)
         jobs = [(_draw_many, c, per_category) for c in categories]
         jobs += [(photograph_crops, p, photos) for p in PHOTOGRAPHS] if photos else []
+        jobs += [(_draw_pictures, part, pictures // 8) for part in range(8)] if pictures >= 8 else []
         with ProcessPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
             futures = [pool.submit(job, name, seed, count, size) for job, name, count in jobs]
             drawn = [f.result() for f in tqdm(futures, desc="drawing training images", unit="category")]
