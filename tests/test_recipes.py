@@ -173,9 +173,10 @@ TINY = {"train_on": "synthad-A", "per_category": 1, "steps": 2, "device": "cpu"}
 
 def test_dzad_recipe_writes_the_trained_parts_beside_their_base(in_tmp):
     """Frozen parts stay the base's, to the last bit; guide and decoder have moved; other options, another name."""
-    out = recipes.train("dzad", timesteps=1200, **TINY)
-    assert out == Path("checkpoints/lite-dzad-a--per_category=1--timesteps=1200")
-    assert "zsad train lite-dzad-a --set per_category=1 --set timesteps=1200" in (out / "README.md").read_text()
+    out = recipes.train("dzad", timesteps=1200, pictures=8, **TINY)
+    assert out == Path("checkpoints/lite-dzad-a--per_category=1--pictures=8--timesteps=1200")
+    command = "zsad train lite-dzad-a --set per_category=1 --set pictures=8 --set timesteps=1200"
+    assert command in (out / "README.md").read_text()
     model, base = load_guided(out, "cpu"), load_backbone("lite-group-a", "cpu")
     assert len(model.backbone.alphas_cumprod) == 1200 and model.facts["train_on"] == "synthad-A"
     before, after = base.unet.state_dict(), model.backbone.unet.state_dict()
@@ -240,9 +241,9 @@ def test_texts_are_captions_or_empty(in_tmp):
     [
         ("dzad", {}, "needs --train-on: synthad"),
         ("vlmdiff", {"train_on": "synthad-A"}, "needs a captioner: --set captioner=NAME"),
-        ("lite-dzad-a", {"mode": "half"}, "mode 'half' is unknown"),
-        ("lite-dzad-a", {"initialisation": "zero"}, "initialisation 'zero' is unknown"),
-        ("lite-dzad-a", {"schedule": "longer"}, "schedule reading 'longer' is unknown"),
+        ("lite-dzad-a", {"pictures": 0, "mode": "half"}, "mode 'half' is unknown"),
+        ("lite-dzad-a", {"pictures": 0, "initialisation": "zero"}, "initialisation 'zero' is unknown"),
+        ("lite-dzad-a", {"pictures": 0, "schedule": "longer"}, "schedule reading 'longer' is unknown"),
     ],
 )
 def test_guidance_options_that_cannot_work(in_tmp, name, options, message):
