@@ -12,6 +12,7 @@ import pytest
 from zsad_lib import pictures
 
 DIGEST = "58436980969fd57140adefff3be6d5b4fa867a0e61df5fb0b76401e82142a74c"
+SURFACES = "3fc89d21d848a1e23c5cf15c213d9a9c2f0df952aa14397294ee6279d499a0c0"
 
 
 def test_a_seed_gives_the_same_bytes_in_any_order_and_process():
@@ -26,6 +27,15 @@ def test_a_seed_gives_the_same_bytes_in_any_order_and_process():
     )
     assert digest == subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout.strip()
     assert digest == DIGEST  # on every machine: the shipped group models were trained on these
+
+
+def test_surfaces_are_almost_grey_varied_and_repeatable():
+    drawn = np.stack([pictures.draw_surface(f"test/{k}") for k in range(24)])
+    assert drawn.shape == (24, 64, 64, 3) and drawn.dtype == np.uint8
+    np.testing.assert_array_equal(drawn[3], pictures.draw_surface("test/3"))
+    assert np.ptp(drawn.mean((1, 2)), axis=1).max() < 12  # colour
+    assert drawn.mean((1, 2, 3)).std() > 20 and drawn.std((1, 2, 3)).min() > 1
+    assert hashlib.sha256(drawn.tobytes()).hexdigest() == SURFACES
 
 
 @pytest.mark.parametrize("size", [32, 64])

@@ -77,3 +77,14 @@ def test_pictures_of_no_product_have_no_caption(tmp_path):
     assert len(images) == len(captions) == 1 + 16 and captions[1:] == [""] * 16
     assert len({image.tobytes() for image in images}) == 17
     np.testing.assert_array_equal(images[-1], pictures.draw("train/3/7/1"))
+
+
+def test_surfaces_have_no_caption_and_the_average_is_kept_at_chosen_steps(tmp_path):
+    images, captions = training.draw_pool(tmp_path, ["gauge"], per_category=1, seed=3, surfaces=8)
+    assert len(images) == 9 and captions[1:] == [""] * 8
+    np.testing.assert_array_equal(images[-1], pictures.draw_surface("train/3/7/0", 64))
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3, 1)
+    last = training.fit("line", model, lambda m, g: m(torch.ones(1, 3)).square().mean(), tmp_path, 4, 0.1, keep=(2, 4))
+    early, late = (torch.load(tmp_path / f"line-{step}.pt", weights_only=True) for step in (2, 4))
+    assert torch.equal(late["weight"], last.weight) and not torch.equal(early["weight"], late["weight"])

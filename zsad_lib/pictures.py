@@ -36,6 +36,26 @@ def draw(seed: str, size: int = 64) -> np.ndarray:
     return photograph(canvas, picture, light, noise)
 
 
+def draw_surface(seed: str, size: int = 64) -> np.ndarray:
+    """A bare surface under uneven light, uint8 [size, size, 3]: bands of shading, streaks along it, brighter or darker
+    edges, grain; grey or almost. What cameras above a production line see most of the time."""
+    d, c = Dice(f"surfaces/{seed}"), Canvas(size)
+    u, v = rotate(c.x - 0.5, c.y - 0.5, d.choice((0, 0, 0.25, d.uniform(0, 1))))
+    u, v = 0.7 * u + 0.5, 0.7 * v + 0.5
+    relief = d.uniform(0.1, 0.7) * (value_noise(d.grid(d.integer(2, 3), d.integer(2, 5)), u, v) - 0.5)
+    for _ in range(d.integer(1, 3)):
+        streaks = value_noise(d.grid(d.integer(2, 6), d.integer(10, 70)), u, v)
+        relief += d.uniform(0.02, 0.25) * (streaks - 0.5)
+    relief += d.uniform(0.0, 0.15) * (value_noise(d.grid(40, 40), u, v) - 0.5)
+    for distance in (c.x, 1 - c.x):
+        reach = d.uniform(0.03, 0.25)
+        relief += d.uniform(-0.7, 0.7) * _often(d, 0.6) * np.clip(1 - distance / reach, 0, 1) ** 2
+    tint = 1 + d.choice((0, 0, 0.06)) * (d.grid(3) - 0.5)
+    picture = d.uniform(0.12, 0.7) * (1 + relief)[:, :, None] * tint
+    grain, light = d.uniform(0, 0.03), (1.0, d.uniform(-0.2, 0.2), d.uniform(-0.2, 0.2))
+    return photograph(c, picture, light, grain * (d.grid(size, size, 1) + d.grid(size, size, 1) - 1.0))
+
+
 def _often(d: Dice, chance: float) -> bool:
     return d.uniform(0, 1) < chance
 

@@ -199,16 +199,22 @@ def train_pipeline(
     widths=(96, 128, 128),
     attention_levels: int = 2,
     pictures: int = 0,
+    surfaces: int = 0,
     learning_rate: float = 5e-4,
+    ema_decay: float = 0.995,
+    keep: tuple[int, ...] = (),
 ) -> None:
     """A text-conditioned latent diffusion pipeline on normal draws of ``categories`` and on photographs.
 
-    pictures: how many pictures of no product are mixed in, under the empty prompt (see `training.draw_pool`).
+    pictures, surfaces: how many pictures of no product and bare surfaces are mixed in, under the empty prompt (see
+    `training.draw_pool`). ema_decay, keep: see `training.fit`.
 
     autoencoder: the folder of a pipeline whose autoencoder is kept as it is; without it one is trained. tokenizer: a
     folder whose tokenizer is kept where it exists, so that a rerun numbers the words as the shipped model does.
     """
-    images, captions = draw_pool(work, categories, per_category, seed, max(1, per_category // 8), pictures=pictures)
+    images, captions = draw_pool(
+        work, categories, per_category, seed, max(1, per_category // 8), pictures=pictures, surfaces=surfaces
+    )
     if autoencoder:
         vae = load_backbone(require_pipeline(autoencoder), device).vae
     else:
@@ -235,7 +241,7 @@ def train_pipeline(
         ids = ids.input_ids.to(device)
         return denoising_loss(lambda z, t: m(z, t, ids), latents, alphas_cumprod, generator)
 
-    model = fit("unet", model, loss, work, steps, learning_rate, seed)
+    model = fit("unet", model, loss, work, steps, learning_rate, seed, ema_decay, keep=tuple(keep))
     from diffusers import StableDiffusionPipeline  # at the top it would warn of torchvision, which nothing here uses
 
     pipeline = StableDiffusionPipeline(
@@ -252,7 +258,8 @@ def train_pipeline(
         "nothing else; real products it has never seen are rebuilt blurred, whether damaged or not.",
         {"training images": f"{len(images)}: {per_category} drawings of each of {', '.join(categories)}; crops of "
                             f"scikit-image's photographs ({', '.join(PHOTOGRAPHS)})"
-                            + f"; {pictures} {GENERIC}" * bool(pictures),
+                            + f"; {pictures} {GENERIC}" * bool(pictures)
+                            + f"; {surfaces} bare surfaces" * bool(surfaces),
          "text": "the caption, its first clause, or nothing (50 / 40 / 10 percent)",
          "autoencoder": f"{Path(autoencoder).name}'s, unchanged: it saw that model's images" if autoencoder
                         else "trained on the same images"},

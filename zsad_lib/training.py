@@ -55,6 +55,10 @@ def _draw_pictures(part: int, seed: int, count: int, size: int) -> tuple[np.ndar
     return np.stack([generic.draw(f"train/{seed}/{part}/{k}", size) for k in range(count)]), [""] * count
 
 
+def _draw_surfaces(part: int, seed: int, count: int, size: int) -> tuple[np.ndarray, list[str]]:
+    return np.stack([generic.draw_surface(f"train/{seed}/{part}/{k}", size) for k in range(count)]), [""] * count
+
+
 def photograph_crops(name: str, seed: int, count: int, size: int) -> tuple[np.ndarray, list[str]]:
     """Square crops of a photograph that scikit-image ships, between one third and the whole of its height."""
     picture = getattr(photographs, name)()
@@ -72,13 +76,20 @@ def photograph_crops(name: str, seed: int, count: int, size: int) -> tuple[np.nd
 
 
 def draw_pool(
-    folder: Path, categories, per_category: int, seed: int, photos: int = 0, size: int = 64, pictures: int = 0
+    folder: Path,
+    categories,
+    per_category: int,
+    seed: int,
+    photos: int = 0,
+    size: int = 64,
+    pictures: int = 0,
+    surfaces: int = 0,
 ):
     """Normal images for training: uint8 [N, size, size, 3] and their captions [N].
 
     per_category drawings of each category, ``photos`` crops of each of PHOTOGRAPHS, and ``pictures`` of no product at
-    all (see `zsad_lib.pictures`; rounded down to a multiple of 8), which have no caption. Drawn once, kept in
-    ``folder``.
+    all and bare ``surfaces`` (see `zsad_lib.pictures`; rounded down to a multiple of 8), which have no caption. Drawn
+    once, kept in ``folder``.
     """
     target, meta = folder / "pool.npy", folder / "pool.json"
     if not meta.exists():
@@ -86,6 +97,7 @@ def draw_pool(
         jobs = [(_draw_many, c, per_category) for c in categories]
         jobs += [(photograph_crops, p, photos) for p in PHOTOGRAPHS] if photos else []
         jobs += [(_draw_pictures, part, pictures // 8) for part in range(8)] if pictures >= 8 else []
+        jobs += [(_draw_surfaces, part, surfaces // 8) for part in range(8)] if surfaces >= 8 else []
         with ProcessPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
             futures = [pool.submit(job, name, seed, count, size) for job, name, count in jobs]
             drawn = [f.result() for f in tqdm(futures, desc="drawing training images", unit="category")]
@@ -160,11 +172,13 @@ def fit(
     seed: int = 0,
     ema_decay: float = 0.995,
     checkpoint_every: int = 250,
+    keep: tuple[int, ...] = (),
 ) -> torch.nn.Module:
     """Minimise ``loss_of(model, generator)`` and return the EMA of ``model``.
 
     The state is kept in ``folder/stage.pt`` and picked up again when it exists; ``folder/stage.json`` holds the
-    loss of every step and the seconds spent. bfloat16 autocast on CUDA.
+    loss of every step and the seconds spent. keep: steps after which the EMA is kept besides, as ``stage-STEP.pt``.
+    bfloat16 autocast where the device multiplies in it.
     """
     device = next(model.parameters()).device
     # a short memory at first, or the average of a short run would still hold its random start
@@ -197,7 +211,7 @@ def fit(
         for step in range(start, steps):
             generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
             torch.manual_seed(seed * 1_000_003 + step)
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            with torch.autocast(device.type, torch.bfloat16, enabled=_has_bfloat16(device)):
                 loss = loss_of(model, generator)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -208,6 +222,8 @@ def fit(
             losses.append(round(loss.item(), 5))
             bar.update()
             bar.set_postfix(loss=f"{np.mean(losses[-50:]):.4f}")
+            if step + 1 in keep:
+                save_state(folder / f"{stage}-{step + 1}.pt", ema.module.state_dict())
             if (step + 1) % checkpoint_every == 0 or step + 1 == steps:
                 spent = seconds + time.perf_counter() - clock
                 state = {key: part.state_dict() for key, part in parts.items()}
@@ -215,6 +231,10 @@ def fit(
                 save_state(state_file, {**state, **plan})
                 write_json(folder / f"{stage}.json", {**plan, "seconds": round(spent, 1)})
     return ema.module.eval()
+
+
+def _has_bfloat16(device: torch.device) -> bool:
+    return device.type == "cuda" or (device.type == "cpu" and torch.cpu._is_avx512_bf16_supported())
 
 
 def pick(generator: torch.Generator, count: int, batch: int) -> torch.Tensor:
