@@ -13,10 +13,13 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from zsad_lib import maps, metrics, synthad
-from zsad_lib.backbones import load_backbone, load_features
+from zsad_lib.anomaly import maps
+from zsad_lib.anomaly.features import load_features
+from zsad_lib.diffusion.latent import load_backbone
+from zsad_lib.evaluation import metrics
 from zsad_lib.methods import make_method
 from zsad_lib.profiles import PROFILES, profile_options
+from zsad_lite import synthad
 
 LATENT, DENOISE, GUIDANCE = (1, 51, 101, 201), (101, 201, 251, 301, 401, 601), (1.0, 2.0)
 KINDS = ("good", "good", "good", *synthad.DEFECTS)

@@ -9,7 +9,10 @@ import pytest
 import torch
 
 from conftest import shared_path
-from zsad_lib.backbones import Backbone, BackboneError, fingerprint, load_backbone, load_features
+from zsad_lib.anomaly.features import load_features
+from zsad_lib.diffusion.latent import Backbone, load_backbone
+from zsad_lib.diffusion.loading import fingerprint
+from zsad_lib.errors import ModelError
 
 
 def tiny_parts(text_width=16, latent_channels=4, in_channels=4):
@@ -201,7 +204,7 @@ def test_half_precision_files_are_widened_on_the_cpu(copy):
     assert half.unet.dtype == half.text_encoder.dtype == torch.float16 and half.vae.dtype == torch.float32
     eps = half.predict_noise(torch.randn(1, 4, 8, 8), 101, half.embed(["a"]))
     assert eps.dtype == torch.float32 and torch.isfinite(eps).all()
-    with pytest.raises(BackboneError, match="dtype 'int8' is unknown"):
+    with pytest.raises(ModelError, match="dtype 'int8' is unknown"):
         load_backbone(copy, device="cpu", dtype="int8")
 
 
@@ -216,7 +219,7 @@ def test_random_weights(saved):
     state = torch.get_rng_state()
     assert load_backbone(saved, "cpu", random_weights="all").config == everything.config
     assert torch.equal(torch.get_rng_state(), state)
-    with pytest.raises(BackboneError, match="random_weights 'some' is unknown"):
+    with pytest.raises(ModelError, match="random_weights 'some' is unknown"):
         load_backbone(saved, random_weights="some")
 
 
@@ -229,15 +232,15 @@ def test_fingerprint_sees_a_retrained_model():
 
 
 def test_wrong_folders(copy, tmp_path):
-    with pytest.raises(BackboneError, match="lacks model_index.json, vae/config.json, unet/config.json, text_enc"):
+    with pytest.raises(ModelError, match="lacks model_index.json, vae/config.json, unet/config.json, text_enc"):
         load_backbone(tmp_path)
     shutil.rmtree(copy / "tokenizer")
     (copy / "vae" / "config.json").unlink()
-    with pytest.raises(BackboneError, match="it lacks vae/config.json, tokenizer/tokenizer_config.json$"):
+    with pytest.raises(ModelError, match="it lacks vae/config.json, tokenizer/tokenizer_config.json$"):
         load_backbone(copy)
-    with pytest.raises(BackboneError, match="no folder at"):
+    with pytest.raises(ModelError, match="no folder at"):
         load_backbone(tmp_path / "nowhere")
-    with pytest.raises(BackboneError, match="no checkpoint `stable-diffusion-9`.*stable-diffusion-1.5"):
+    with pytest.raises(ModelError, match="no checkpoint `stable-diffusion-9`.*stable-diffusion-1.5"):
         load_backbone("stable-diffusion-9")
 
 
@@ -261,18 +264,18 @@ def test_weights_that_do_not_fit_are_refused(copy, part, damage):
         file.write_bytes(file.read_bytes()[:-100])
     elif damage == "gone":
         file.unlink()
-    with pytest.raises(BackboneError, match=part) as error:
+    with pytest.raises(ModelError, match=part) as error:
         load_backbone(copy, device="cpu")
     assert damage not in ("missing", "unexpected") or damage in str(error.value)
 
 
 def test_parts_that_do_not_belong_together():
     scheduler = tiny_scheduler()
-    with pytest.raises(BackboneError, match="U-Net attends to 16 text channels, the text encoder has 32"):
+    with pytest.raises(ModelError, match="U-Net attends to 16 text channels, the text encoder has 32"):
         Backbone(*tiny_parts(text_width=32), scheduler, name="x")
-    with pytest.raises(BackboneError, match="9 channels in and 4 out.*inpainting"):
+    with pytest.raises(ModelError, match="9 channels in and 4 out.*inpainting"):
         Backbone(*tiny_parts(in_channels=9), scheduler, name="x")
-    with pytest.raises(BackboneError, match="prediction type 'sample' is not supported"):
+    with pytest.raises(ModelError, match="prediction type 'sample' is not supported"):
         Backbone(*tiny_parts(), tiny_scheduler(prediction_type="sample"), name="x")
 
 
@@ -282,9 +285,9 @@ def test_hub_out_of_reach(monkeypatch):
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     hint = r"neither a folder here nor complete in the local hub cache.*hf download "
-    with pytest.raises(BackboneError, match=hint + "nobody/no-such-model"):
+    with pytest.raises(ModelError, match=hint + "nobody/no-such-model"):
         load_backbone("nobody/no-such-model")
-    with pytest.raises(BackboneError, match=hint + "nobody/no-such-model"):
+    with pytest.raises(ModelError, match=hint + "nobody/no-such-model"):
         load_features("nobody/no-such-model")
 
 
@@ -299,15 +302,15 @@ def test_manifest_names(saved, tmp_path, monkeypatch):
     monkeypatch.setenv("ZSAD_MANIFEST", str(manifest))
     shutil.copytree(saved, tmp_path / "tiny")
     assert load_backbone("here", device="cpu").config == tiny_backbone().config
-    with pytest.raises(BackboneError, match="checkpoint 'lost' is not at .*nowhere. Ask us."):
+    with pytest.raises(ModelError, match="checkpoint 'lost' is not at .*nowhere. Ask us."):
         load_backbone("lost")
-    with pytest.raises(BackboneError, match="hf download nobody/no-such-model"):
+    with pytest.raises(ModelError, match="hf download nobody/no-such-model"):
         load_backbone("there")
 
 
 def test_cuda_without_a_gpu(saved, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(BackboneError, match="finds no CUDA GPU"):
+    with pytest.raises(ModelError, match="finds no CUDA GPU"):
         load_backbone(saved, device="cuda")
 
 
@@ -369,9 +372,9 @@ def test_vit_features(vit):
     assert torch.allclose(features[:, :, 2, 1], tokens[:, 1 + 2 * 4 + 1], atol=1e-5)
     (larger,) = load_features(vit, device="cpu", size=64)(torch.rand(1, 3, 50, 70))
     assert larger.shape == (1, 16, 8, 8)
-    with pytest.raises(BackboneError, match="size 36 is no multiple of its patch 8"):
+    with pytest.raises(ModelError, match="size 36 is no multiple of its patch 8"):
         load_features(vit, size=36)
-    with pytest.raises(BackboneError, match="`layers` is for ResNets"):
+    with pytest.raises(ModelError, match="`layers` is for ResNets"):
         load_features(vit, layers=(1,))
 
 
@@ -386,7 +389,7 @@ def test_resnet_features(resnet):
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(features, states[2:], strict=True))
     (first,) = load_features(resnet, device="cpu", layers=[1])(images)
     assert torch.allclose(first, states[1], atol=1e-5)
-    with pytest.raises(BackboneError, match="stages 1 to 4, not"):
+    with pytest.raises(ModelError, match="stages 1 to 4, not"):
         load_features(resnet, layers=[0, 5])
 
 
@@ -397,33 +400,33 @@ def test_features_config_and_controls(resnet):
     assert other.config["weights"] != plain.config["weights"] and "random weights" in other.name
     assert other.config == load_features(resnet, device="cpu", random_weights="all").config
     assert load_features(resnet, device="cpu", size=96).config != plain.config
-    with pytest.raises(BackboneError, match="random_weights 'unet' of features"):
+    with pytest.raises(ModelError, match="random_weights 'unet' of features"):
         load_features(resnet, random_weights="unet")
 
 
 def test_features_that_cannot_be_read(vit, copy, tmp_path):
     from safetensors.torch import load_file, save_file
 
-    with pytest.raises(BackboneError, match="lacks config.json, preprocessor_config.json"):
+    with pytest.raises(ModelError, match="lacks config.json, preprocessor_config.json"):
         load_features(copy)
     write_preprocessor(copy / "text_encoder", 32)
-    with pytest.raises(BackboneError, match="'clip_text_model' model; features come from 'vit'"):
+    with pytest.raises(ModelError, match="'clip_text_model' model; features come from 'vit'"):
         load_features(copy / "text_encoder")
     damaged = shutil.copytree(vit, tmp_path / "damaged")
     tensors = load_file(damaged / "model.safetensors")
     del tensors[sorted(tensors)[-1]]
     save_file(tensors, damaged / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(BackboneError, match="do not fit config.json: 1 missing"):
+    with pytest.raises(ModelError, match="do not fit config.json: 1 missing"):
         load_features(damaged)
     (damaged / "preprocessor_config.json").write_text('{"size": 32}')
     shutil.copy(vit / "model.safetensors", damaged)
-    with pytest.raises(BackboneError, match="must name size, image_mean and image_std"):
+    with pytest.raises(ModelError, match="must name size, image_mean and image_std"):
         load_features(damaged)
 
 
 def test_pixel_features():
     """Raw colours that the cosine can compare: equal images at 0, also black ones; brightness counts."""
-    from zsad_lib.maps import anomaly_map
+    from zsad_lib.anomaly.maps import anomaly_map
 
     extract = load_features("pixels", device="cpu")
     black, grey = torch.zeros(1, 3, 16, 16), torch.full((1, 3, 16, 16), 0.5)
@@ -443,7 +446,7 @@ def test_joined_features_give_the_layers_of_all_parts(resnet):
     assert both.config["parts"] == [part.config for part in parts]
     control = load_features(f"{resnet}+pixels", device="cpu", random_weights="all")
     assert not torch.equal(control(images)[0], layers[0]) and torch.equal(control(images)[-1], layers[-1])
-    with pytest.raises(BackboneError, match="nowhere"):
+    with pytest.raises(ModelError, match="nowhere"):
         load_features("pixels+nowhere")
 
 

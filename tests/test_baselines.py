@@ -8,8 +8,10 @@ import torch
 from scipy.ndimage import gaussian_filter
 from test_backbones import tiny_backbone
 
-from zsad_lib.backbones import load_features
-from zsad_lib.methods import METHODS, MethodError, base, make_method, method_options
+from zsad_lib.anomaly.features import load_features
+from zsad_lib.diffusion.noise import image_noise
+from zsad_lib.errors import MethodError
+from zsad_lib.methods import METHODS, make_method, method_options
 from zsad_lib.methods.baselines import contrast_map, median_map, patch_knn_map
 
 BASELINES = ("local_contrast", "median", "patch_knn")
@@ -153,14 +155,14 @@ def test_baseline_values_that_cannot_work(name, options, message):
 
 def test_image_noise():
     """Standard normal, of its id, purpose and seed alone: not of the batch, nor of the global generator."""
-    noise = base.image_noise(["a", "b", "c"], "purpose", 0, (4, 32, 32))
+    noise = image_noise(["a", "b", "c"], "purpose", 0, (4, 32, 32))
     assert noise.shape == (3, 4, 32, 32) and noise.dtype == torch.float32
     assert abs(noise.mean()) < 0.05 and abs(noise.std() - 1) < 0.05
     torch.manual_seed(123)
-    assert torch.equal(base.image_noise(["c", "a"], "purpose", 0, (4, 32, 32)), noise[[2, 0]])
+    assert torch.equal(image_noise(["c", "a"], "purpose", 0, (4, 32, 32)), noise[[2, 0]])
     for other in (
-        base.image_noise(["a"], "other", 0, (4, 32, 32)),
-        base.image_noise(["a"], "purpose", 1, (4, 32, 32)),
+        image_noise(["a"], "other", 0, (4, 32, 32)),
+        image_noise(["a"], "purpose", 1, (4, 32, 32)),
     ):
         assert (other[0] - noise[0]).abs().max() > 1
     assert (noise[0] - noise[1]).abs().max() > 1

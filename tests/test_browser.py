@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from zsad_lib import plots, report
+from zsad_lib.notebook import plots, report
 
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
 CHROMIUM_FLAGS = (

@@ -18,11 +18,10 @@ import torch
 from test_scoring import write_tree
 
 from conftest import ROOT
-from zsad_lib import captions, manifest, synthad
-from zsad_lib.backbones import BackboneError, quiet
-from zsad_lib.captions import (
+from zsad_lib import manifest
+from zsad_lib.data import captions
+from zsad_lib.data.captions import (
     PROMPTS,
-    CaptionError,
     PromptedCaptioner,
     caption_dataset,
     caption_path,
@@ -32,7 +31,10 @@ from zsad_lib.captions import (
     read_captions,
     true_captions,
 )
-from zsad_lib.datasets import load_dataset
+from zsad_lib.data.datasets import load_dataset
+from zsad_lib.diffusion.loading import quiet
+from zsad_lib.errors import DataError, ModelError
+from zsad_lite import synthad
 
 
 def test_check_asks_for_every_statement():
@@ -76,27 +78,25 @@ def test_the_captioner_resizes_what_it_is_shown():
 
 
 def test_what_is_no_captioner_is_refused(tmp_path):
-    with pytest.raises(BackboneError, match="not a captioner folder: it lacks config.json"):
+    with pytest.raises(ModelError, match="not a captioner folder: it lacks config.json"):
         load_captioner(tmp_path)
-    with pytest.raises(BackboneError, match="no folder, no hub id"):
+    with pytest.raises(ModelError, match="no folder, no hub id"):
         load_captioner("no-such-captioner")
     (tmp_path / "config.json").write_text('{"model_type": "vision-encoder-decoder"}')
-    with pytest.raises(BackboneError, match="not a VisionEncoderDecoderModel folder: it lacks generation_config"):
+    with pytest.raises(ModelError, match="not a VisionEncoderDecoderModel folder: it lacks generation_config"):
         load_captioner(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "resnet"}')
-    with pytest.raises(
-        CaptionError, match="is a 'resnet' model, which transformers does not know as one that describes"
-    ):
+    with pytest.raises(DataError, match="is a 'resnet' model, which transformers does not know as one that describes"):
         load_captioner(tmp_path)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(CaptionError, match="config.json is not JSON"):
+    with pytest.raises(DataError, match="config.json is not JSON"):
         load_captioner(tmp_path)
 
 
 def test_the_revision_of_a_folder_is_its_hash():
     captioner = load_captioner("lite-captioner", "cpu")
     assert captioner.revision == f"sha256:{manifest.checkpoint_entry('lite-captioner')['sha256']}"
-    with pytest.raises(CaptionError, match="is a folder and has no revision 'v2'"):
+    with pytest.raises(DataError, match="is a folder and has no revision 'v2'"):
         load_captioner("lite-captioner", "cpu", revision="v2")
 
 
@@ -192,7 +192,7 @@ def test_code_of_a_model_is_never_run(tmp_path, tiny_models, monkeypatch):
     assert load_captioner(folder, "cpu").model.config.model_type == "llava"
     config = json.loads((folder / "config.json").read_text()) | {"model_type": "internvl_chat"}
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CaptionError, match="own Python code, and that is never run here.*-hf"):
+    with pytest.raises(DataError, match="own Python code, and that is never run here.*-hf"):
         load_captioner(folder, "cpu")
     assert not mark.exists()
 
@@ -231,7 +231,7 @@ def test_a_hub_model_is_recorded_with_its_commit(tmp_path, monkeypatch):
     assert (newest.name, newest.revision) == ("someone/describer", f"main at {'b' * 40}")
     assert older.revision == "a" * 40
     assert not torch.equal(newest.model.lm_head.weight, older.model.lm_head.weight)
-    with pytest.raises(BackboneError, match="someone/describer is neither a folder here nor complete"):
+    with pytest.raises(ModelError, match="someone/describer is neither a folder here nor complete"):
         load_captioner("someone/describer", "cpu", "v3")
     entry = {"path": None, "hub_id": "someone/describer", "revision": "a" * 40}
     monkeypatch.setattr(manifest, "checkpoint_entry", lambda name: entry)
@@ -321,7 +321,7 @@ def test_a_file_of_another_run_is_refused(tree, tmp_path):
         (newer, "A?", "revision '1', not '2'"),
         (Echo(), "B?", "prompt 'A.', not 'B.'"),
     ]:
-        with pytest.raises(CaptionError, match=rf"line 1 of .*c\.jsonl has {why}: choose another --out.*--overwrite"):
+        with pytest.raises(DataError, match=rf"line 1 of .*c\.jsonl has {why}: choose another --out.*--overwrite"):
             caption_dataset(tree, captioner, path, prompt, **options)
     assert path.read_bytes() == before
     caption_dataset(tree, newer, path, "B?", overwrite=True, **options)
@@ -333,23 +333,23 @@ def test_images_that_changed_are_not_taken_for_described(tree, tmp_path):
     caption_dataset(tree, Echo(), path, progress=False)
     with open(tree[4].image_path, "ab") as file:
         file.write(b"more")
-    with pytest.raises(CaptionError, match=f"is not the image that .* has described as {tree[4].id}"):
+    with pytest.raises(DataError, match=f"is not the image that .* has described as {tree[4].id}"):
         caption_dataset(tree, Echo(), path, progress=False)
 
 
 def test_two_processes_never_write_one_file(tree, tmp_path):
     with filelock.FileLock(tmp_path / ".c.jsonl.lock"):
-        with pytest.raises(CaptionError, match="another process is writing"):
+        with pytest.raises(DataError, match="another process is writing"):
             caption_dataset(tree, Echo(), tmp_path / "c.jsonl", progress=False)
     assert not (tmp_path / "c.jsonl").exists()
 
 
 def test_what_a_captioner_owes(tree, tmp_path):
-    with pytest.raises(CaptionError, match="batch_size must be 1 or more"):
+    with pytest.raises(DataError, match="batch_size must be 1 or more"):
         caption_dataset(tree, Echo(), tmp_path / "c.jsonl", batch_size=0)
     silent = Echo()
     silent.__class__ = type("Silent", (Echo,), {"__call__": lambda self, images, prompt: []})
-    with pytest.raises(CaptionError, match="gave 0 captions for 8 images"):
+    with pytest.raises(DataError, match="gave 0 captions for 8 images"):
         caption_dataset(tree, silent, tmp_path / "c.jsonl", progress=False)
 
 
@@ -361,7 +361,7 @@ def test_a_file_torn_at_any_byte_is_mended(tree, tmp_path):
     for cut in [*range(start, len(whole), 7), len(whole) - 1]:
         path.write_bytes(whole[:cut])
         if start < cut < len(whole) - 1:
-            with pytest.raises(CaptionError, match="the last line of .* is torn"):
+            with pytest.raises(DataError, match="the last line of .* is torn"):
                 read_captions(path)
         echo = Echo()
         assert caption_dataset(few, echo, path, "é?", progress=False) == said
@@ -370,7 +370,7 @@ def test_a_file_torn_at_any_byte_is_mended(tree, tmp_path):
 
 def test_damaged_files_say_where(tmp_path):
     path = tmp_path / "c.jsonl"
-    with pytest.raises(CaptionError, match="no caption file at .*zsad caption"):
+    with pytest.raises(DataError, match="no caption file at .*zsad caption"):
         read_captions(path)
     good = '{"id": "a", "caption": "A bottle."}\n'
     for content, why in {
@@ -382,7 +382,7 @@ def test_damaged_files_say_where(tmp_path):
         good + '{"id": "b", "cap': "the last line of .* is torn",
     }.items():
         path.write_text(content)
-        with pytest.raises(CaptionError, match=why):
+        with pytest.raises(DataError, match=why):
             read_captions(path)
     path.write_text(good.strip())
     assert read_captions(path) == {"a": "A bottle."}, "an editor may leave out the end of the last line"
@@ -472,9 +472,9 @@ def test_true_captions_need_synthads_list(tmp_path):
     lines = (folder / "attributes.jsonl").read_text().splitlines(keepends=True)
     images = load_dataset("synthad", folder)
     (folder / "attributes.jsonl").write_text("".join(line for line in lines if "crack/001" not in line))
-    with pytest.raises(CaptionError, match="no line for screw/test/crack/001.png and 0 other images"):
+    with pytest.raises(DataError, match="no line for screw/test/crack/001.png and 0 other images"):
         true_captions(images)
-    with pytest.raises(CaptionError, match="no true captions for mvtec_ad"):
+    with pytest.raises(DataError, match="no true captions for mvtec_ad"):
         true_captions(load_dataset("mvtec_ad", write_tree(tmp_path / "tree", per_class=2)))
 
 

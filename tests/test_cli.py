@@ -11,8 +11,9 @@ from test_scoring import save, write_tree
 from typer.testing import CliRunner
 
 from conftest import shared_path
-from zsad_lib import cli, methods, scoring
-from zsad_lib.backbones import BackboneError
+from zsad_lib import cli, methods
+from zsad_lib.errors import ModelError, RunError
+from zsad_lib.evaluation.runs import load_results
 from zsad_lib.methods import Scores
 from zsad_lib.methods.vlmdiff import VLMDiff
 from zsad_lib.profiles import PROFILES, profile_options
@@ -231,7 +232,7 @@ def test_evaluate_leaves_out_unfinished_runs_and_other_datasets(tree):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"state": "interrupted"}))
     result = run_cli(cli.app, ["evaluate"])
     assert "left out, interrupted" in result.output
-    assert isinstance(result.exception, scoring.ScoringError) and "`zsad score` first" in str(result.exception)
+    assert isinstance(result.exception, RunError) and "`zsad score` first" in str(result.exception)
     result = run_cli(cli.app, ["evaluate", "--dataset", "synthad"])
     assert "no finished run on synthad" in str(result.exception)
 
@@ -278,7 +279,7 @@ def test_train_and_report_pass_their_options_on(monkeypatch):
 
 
 def test_dzad_writes_and_prints_every_table(tmp_path, monkeypatch):
-    from zsad_lib import dzad_tables
+    from zsad_lib.papers import dzad_tables
 
     calls = []
 
@@ -326,7 +327,7 @@ def test_unknown_errors_keep_their_traceback(monkeypatch):
 
 def test_missing_checkpoint_is_said_before_anything_is_scored(tree, monkeypatch, capsys):
     def load_backbone(name, device, random_weights=None):
-        raise BackboneError("checkpoint net is not there")
+        raise ModelError("checkpoint net is not there")
 
     monkeypatch.setattr(methods, "load_backbone", load_backbone)
     monkeypatch.setattr(
@@ -354,7 +355,7 @@ def test_divad_on_a_tiny_stable_diffusion(tmp_path, monkeypatch):
     assert told.count("2 images") == 5 and "divad, tiny_sd (random U-Net)" in told
     maps = {
         results.run["config"]["backbone"]["name"]: results.maps
-        for results in map(scoring.load_results, Path("runs").glob("*-divad-*"))
+        for results in map(load_results, Path("runs").glob("*-divad-*"))
     }
     assert len(maps) == 2 and not np.allclose(maps["tiny_sd"], maps["tiny_sd (random U-Net)"])
     assert "divad, tiny_sd (random U-Net)" in invoke("evaluate", "--bootstrap", 10)
@@ -364,8 +365,8 @@ def test_ood_prints_and_keeps_both_tables(tmp_path, monkeypatch):
     from diffusers import DDPMPipeline
     from test_pixel_models import tiny_schedule, tiny_unet
 
-    from zsad_lib import ood
     from zsad_lib.methods.stein_ssim import Reading
+    from zsad_lib.papers import ood
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(ood, "all_readings", lambda _: {ood.label(r): r for r in (Reading(), ood.PathReading("1d"))})
@@ -389,7 +390,7 @@ def caption(tree, *words, code=0):
 
 
 def test_caption_writes_a_file_and_goes_on(tree):
-    from zsad_lib.captions import read_captions
+    from zsad_lib.data.captions import read_captions
 
     told = caption(tree, "--limit", 2, "--category", "lid")
     path = Path("runs/captions/mvtec_ad-lite-captioner-objects.jsonl")
@@ -408,7 +409,7 @@ def test_caption_writes_a_file_and_goes_on(tree):
 def test_caption_asks_a_model_that_can_be_asked(tree):
     import tiny_captioners as tiny
 
-    from zsad_lib.backbones import quiet
+    from zsad_lib.diffusion.loading import quiet
 
     with quiet(bars=True):
         Path("models/speaker").mkdir(parents=True)

@@ -24,10 +24,11 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from typer.testing import CliRunner
 
 from conftest import shared_path
-from zsad_lib import convert
-from zsad_lib.backbones import BackboneError, load_backbone
 from zsad_lib.cli import app
-from zsad_lib.guidance import GuidedModel, SemanticGuide, load_guided
+from zsad_lib.diffusion import convert
+from zsad_lib.diffusion.guidance import GuidedModel, SemanticGuide, load_guided
+from zsad_lib.diffusion.latent import load_backbone
+from zsad_lib.errors import ModelError
 
 
 @pytest.fixture(scope="module")
@@ -123,11 +124,11 @@ def test_nothing_is_filled_by_halves():
     state["model.diffusion_model.out.2.bias"] = torch.zeros(5)
     target = small_models()
     before = deepcopy(target["vae"].state_dict())
-    with pytest.raises(BackboneError, match="2 tensors are missing") as error:
+    with pytest.raises(ModelError, match="2 tensors are missing") as error:
         convert.load_ldm(state, **target)
     assert "control_model.down21.0.weight" in str(error.value) and "diffusion_model.out.2.bias" in str(error.value)
     assert all(torch.equal(tensor, before[name]) for name, tensor in target["vae"].state_dict().items())
-    with pytest.raises(BackboneError, match="'clip' is no part"):
+    with pytest.raises(ModelError, match="'clip' is no part"):
         convert.ldm_names("clip", target["vae"])
 
 
@@ -191,7 +192,7 @@ def test_a_checkpoint_becomes_a_folder_that_predicts_the_same(authors, tmp_path)
         )
         assert torch.equal(ours, theirs)
         assert torch.equal(model.backbone.encode(images), backbone.encode(images))
-    with pytest.raises(BackboneError, match="is there already"):
+    with pytest.raises(ModelError, match="is there already"):
         convert.convert_checkpoint(path, base, tmp_path / "new")
 
 
@@ -218,15 +219,15 @@ class Malicious:
 def test_pickled_code_is_never_run(authors, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"state_dict": {"a": torch.zeros(1)}, "callbacks": Malicious()}, "bad.ckpt")
-    with pytest.raises(BackboneError, match="no code in it is run"):
+    with pytest.raises(ModelError, match="no code in it is run"):
         convert.convert_checkpoint("bad.ckpt", authors[0], "new")
     assert not Path("ran").exists() and not Path("new").exists()
     Path("words.ckpt").write_text("not a checkpoint")
     for file, message in (("words.ckpt", "cannot be read"), ("none.ckpt", "no checkpoint file at")):
-        with pytest.raises(BackboneError, match=message):
+        with pytest.raises(ModelError, match=message):
             convert.read_checkpoint(file)
     torch.save({"state_dict": {}}, "empty.ckpt")
-    with pytest.raises(BackboneError, match="holds no tensors"):
+    with pytest.raises(ModelError, match="holds no tensors"):
         convert.read_checkpoint("empty.ckpt")
 
 

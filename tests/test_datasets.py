@@ -9,7 +9,9 @@ from PIL import Image
 
 import zsad_lib
 from conftest import shared_path
-from zsad_lib.datasets import DatasetError, load_dataset, load_images, load_masks, read_image, read_mask
+from zsad_lib.data.datasets import load_dataset
+from zsad_lib.data.images import load_images, load_masks, read_image, read_mask
+from zsad_lib.errors import DataError
 
 GREY = np.array([[0, 64, 128], [192, 255, 32]], np.uint8)  # 2 rows, 3 columns
 COLOUR = np.stack([GREY, GREY[::-1], 255 - GREY], axis=-1)
@@ -62,13 +64,13 @@ def test_16_bit_grey_keeps_its_depth_when_resized(tmp_path):
 
 def test_32_bit_values_are_refused(tmp_path):
     path = save(tmp_path / "a.tif", np.array([[0, 70000]], np.int32))
-    with pytest.raises(DatasetError, match=r"a\.tif.*0\.\.65535"):
+    with pytest.raises(DataError, match=r"a\.tif.*0\.\.65535"):
         read_image(path)
 
 
 def test_float_image_is_refused(tmp_path):
     path = save(tmp_path / "a.tif", np.array([[0.5, 2.0]], np.float32))
-    with pytest.raises(DatasetError, match=r"a\.tif.*floats"):
+    with pytest.raises(DataError, match=r"a\.tif.*floats"):
         read_image(path)
 
 
@@ -161,7 +163,7 @@ def test_truncated_file_is_named(tmp_path, suffix, part):
     path = save(tmp_path / f"broken.{suffix}", array)
     content = path.read_bytes()
     path.write_bytes(content[: int(len(content) * part)])
-    with pytest.raises(DatasetError, match=rf"broken\.{suffix}.*restore"):
+    with pytest.raises(DataError, match=rf"broken\.{suffix}.*restore"):
         read_image(path)
 
 
@@ -170,15 +172,15 @@ def test_corrupt_pixels_are_named(tmp_path):
     content = bytearray(path.read_bytes())
     content[60:300] = bytes(240)
     path.write_bytes(content)
-    with pytest.raises(DatasetError, match=r"broken\.png"):
+    with pytest.raises(DataError, match=r"broken\.png"):
         read_image(path)
 
 
 def test_text_file_and_missing_file_are_named(tmp_path):
     (tmp_path / "a.png").write_text("not an image")
-    with pytest.raises(DatasetError, match=r"cannot read image .*a\.png"):
+    with pytest.raises(DataError, match=r"cannot read image .*a\.png"):
         read_image(tmp_path / "a.png")
-    with pytest.raises(DatasetError, match=r"no file at .*b\.png"):
+    with pytest.raises(DataError, match=r"no file at .*b\.png"):
         read_image(tmp_path / "b.png")
 
 
@@ -256,13 +258,13 @@ def test_select_and_limit(tmp_path):
 
 def test_select_names_what_exists(tmp_path):
     data = load_dataset("mvtec_ad", mvtec_tree(tmp_path))
-    with pytest.raises(DatasetError, match=r"no category 'cable'; it has: bottle, wood"):
+    with pytest.raises(DataError, match=r"no category 'cable'; it has: bottle, wood"):
         data.select(categories=["wood", "cable"])
-    with pytest.raises(DatasetError, match=r"no defect 'dent'; it has: good, hole"):
+    with pytest.raises(DataError, match=r"no defect 'dent'; it has: good, hole"):
         data.select(defects="dent")
-    with pytest.raises(DatasetError, match=r"no split 'train'"):
+    with pytest.raises(DataError, match=r"no split 'train'"):
         data.select(split="train")
-    with pytest.raises(DatasetError, match=r"limit=0"):
+    with pytest.raises(DataError, match=r"limit=0"):
         data.select(limit=0)
 
 
@@ -280,7 +282,7 @@ def test_mask_of_another_frame_is_refused(tmp_path):
     mvtec_tree(tmp_path)
     save(tmp_path / "wood/ground_truth/hole/001_mask.png", np.zeros((6, 8), np.uint8))
     data = load_dataset("mvtec_ad", tmp_path, categories="wood")
-    with pytest.raises(DatasetError, match=r"wood/ground_truth/hole/001_mask\.png is 8x6 .* 6x8"):
+    with pytest.raises(DataError, match=r"wood/ground_truth/hole/001_mask\.png is 8x6 .* 6x8"):
         load_masks(data.samples, 4)
 
 
@@ -295,26 +297,26 @@ def test_exif_turned_image_agrees_with_its_mask(tmp_path):
 
 
 def test_mvtec_errors(tmp_path):
-    with pytest.raises(DatasetError, match=r"no folder at .*absent.*homepage"):
+    with pytest.raises(DataError, match=r"no folder at .*absent.*homepage"):
         load_dataset("mvtec_ad", tmp_path / "absent")
-    with pytest.raises(DatasetError, match="no category in"):
+    with pytest.raises(DataError, match="no category in"):
         load_dataset("mvtec_ad", tmp_path)
     mvtec_tree(tmp_path)
-    with pytest.raises(DatasetError, match=f"it is one category, pass its parent {tmp_path}"):
+    with pytest.raises(DataError, match=f"it is one category, pass its parent {tmp_path}"):
         load_dataset("mvtec_ad", tmp_path / "bottle")
     (tmp_path / "empty" / "test" / "good").mkdir(parents=True)
-    with pytest.raises(DatasetError, match="category .*empty has no image"):
+    with pytest.raises(DataError, match="category .*empty has no image"):
         load_dataset("mvtec_ad", tmp_path)
     (tmp_path / "empty" / "test" / "good").rmdir()
     (tmp_path / "empty" / "test").rmdir()
     (tmp_path / "wood/ground_truth/hole/002_mask.png").unlink()
-    with pytest.raises(DatasetError, match=r"wood/test/hole/002\.png has no mask at .*002_mask\.png"):
+    with pytest.raises(DataError, match=r"wood/test/hole/002\.png has no mask at .*002_mask\.png"):
         load_dataset("mvtec_ad", tmp_path)
 
 
 def test_two_files_with_one_id_are_refused(tmp_path):
     save(mvtec_tree(tmp_path) / "wood/test/good/000.jpg", COLOUR)
-    with pytest.raises(DatasetError, match=r"000\.jpg and .*000\.png would share the id wood/test/good/000"):
+    with pytest.raises(DataError, match=r"000\.jpg and .*000\.png would share the id wood/test/good/000"):
         load_dataset("mvtec_ad", tmp_path)
 
 
@@ -326,19 +328,19 @@ def test_plain_folder_has_no_truth(tmp_path):
     data = load_dataset("folder", root)
     assert [s.id for s in data] == ["photos/test/unknown/b", "photos/test/unknown/inner/a"]
     assert all((s.label, s.mask_path, s.category) == (-1, None, "photos") for s in data)
-    with pytest.raises(DatasetError, match=r"no mask is known for .*b\.JPG"):
+    with pytest.raises(DataError, match=r"no mask is known for .*b\.JPG"):
         load_masks(data.samples, 4)
     (tmp_path / "void").mkdir()
-    with pytest.raises(DatasetError, match="no image in .*void"):
+    with pytest.raises(DataError, match="no image in .*void"):
         load_dataset("folder", tmp_path / "void")
-    with pytest.raises(DatasetError, match="Pass root="):
+    with pytest.raises(DataError, match="Pass root="):
         load_dataset("folder")
 
 
 def test_names_without_a_reader(tmp_path):
-    with pytest.raises(DatasetError, match="`visa` has no reader yet; readable: synthad, mvtec_ad, .*folder"):
+    with pytest.raises(DataError, match="`visa` has no reader yet; readable: synthad, mvtec_ad, .*folder"):
         load_dataset("visa", tmp_path)
-    with pytest.raises(DatasetError, match="`mvtec` is in no manifest; readable: .*mvtec_ad"):
+    with pytest.raises(DataError, match="`mvtec` is in no manifest; readable: .*mvtec_ad"):
         load_dataset("mvtec", tmp_path)
 
 
@@ -348,7 +350,7 @@ def test_default_root(tmp_path, monkeypatch):
     assert load_dataset("mvtec_ad").root == tmp_path / "mvtec_ad"
     monkeypatch.delenv("ZSAD_DATA")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(DatasetError, match="no folder at data/mvtec_ad"):
+    with pytest.raises(DataError, match="no folder at data/mvtec_ad"):
         load_dataset("mvtec_ad")
 
 
@@ -416,13 +418,13 @@ def test_real_iad_layout(tmp_path, lists):
 
 
 def test_real_iad_without_a_category_or_a_list(tmp_path):
-    with pytest.raises(DatasetError, match="no category in .*audiojack/OK"):
+    with pytest.raises(DataError, match="no category in .*audiojack/OK"):
         load_dataset("real_iad", tmp_path)
     real_iad_tree(tmp_path)
     (tmp_path / "audiojack").rename(tmp_path / ".audiojack")
     assert load_dataset("real_iad", tmp_path).categories == ("zipper",), "a partial download"
     (tmp_path / "realiad_jsons" / "zipper.json").unlink()
-    with pytest.raises(DatasetError, match=r"no list at .*realiad_jsons/zipper\.json"):
+    with pytest.raises(DataError, match=r"no list at .*realiad_jsons/zipper\.json"):
         load_dataset("real_iad", tmp_path)
 
 
@@ -430,10 +432,10 @@ def test_real_iad_files_that_are_not_there(tmp_path):
     real_iad_tree(tmp_path)
     mask = tmp_path / "zipper/NG/HS/S0003/zipper_0003_NG_C1_20231021.png"
     mask.unlink()
-    with pytest.raises(DatasetError, match=r"zipper_0003_NG_C1_20231021\.jpg has no mask at .*\.png"):
+    with pytest.raises(DataError, match=r"zipper_0003_NG_C1_20231021\.jpg has no mask at .*\.png"):
         load_dataset("real_iad", tmp_path)
     mask.with_suffix(".jpg").unlink()
-    with pytest.raises(DatasetError, match=r"zipper\.json lists .*zipper_0003_NG_C1_20231021\.jpg, which is not there"):
+    with pytest.raises(DataError, match=r"zipper\.json lists .*zipper_0003_NG_C1_20231021\.jpg, which is not there"):
         load_dataset("real_iad", tmp_path)
 
 
@@ -452,7 +454,7 @@ def test_real_iad_files_that_are_not_there(tmp_path):
 )
 def test_broken_lists_are_named(tmp_path, content, message):
     (real_iad_tree(tmp_path) / "realiad_jsons" / "zipper.json").write_text(content)
-    with pytest.raises(DatasetError, match=r"zipper\.json .*" + message):
+    with pytest.raises(DataError, match=r"zipper\.json .*" + message):
         load_dataset("real_iad", tmp_path)
 
 
@@ -493,23 +495,23 @@ def test_coco_ad_layout(tmp_path):
 
 
 def test_coco_ad_errors(tmp_path):
-    with pytest.raises(DatasetError, match=r"no meta_20_0\.json to meta_20_3\.json in .*data list"):
+    with pytest.raises(DataError, match=r"no meta_20_0\.json to meta_20_3\.json in .*data list"):
         load_dataset("coco_ad", tmp_path)
     coco_ad_tree(tmp_path, splits=(2,))
     assert load_dataset("coco_ad", tmp_path).categories == ("coco_2",), "one split is enough"
     meta = tmp_path / "meta_20_2.json"
     text = meta.read_text()
     (tmp_path / "val2017_mask_ad_20_2/000000000632.png").unlink()
-    with pytest.raises(DatasetError, match=r"000000000632\.jpg has no mask at .*val2017_mask_ad_20_2"):
+    with pytest.raises(DataError, match=r"000000000632\.jpg has no mask at .*val2017_mask_ad_20_2"):
         load_dataset("coco_ad", tmp_path)
     meta.write_text(text.replace("val2017_mask_ad_20_2/000000000632.png", ""))
-    with pytest.raises(DatasetError, match=r"meta_20_2\.json lists .*000000000632\.jpg as defective without a mask"):
+    with pytest.raises(DataError, match=r"meta_20_2\.json lists .*000000000632\.jpg as defective without a mask"):
         load_dataset("coco_ad", tmp_path)
     (tmp_path / "val2017" / "000000000285.jpg").unlink()
-    with pytest.raises(DatasetError, match=r"000000000285\.jpg, which is not there"):
+    with pytest.raises(DataError, match=r"000000000285\.jpg, which is not there"):
         load_dataset("coco_ad", tmp_path)
     meta.write_text(text[:-5])
-    with pytest.raises(DatasetError, match=r"meta_20_2\.json is not JSON"):
+    with pytest.raises(DataError, match=r"meta_20_2\.json is not JSON"):
         load_dataset("coco_ad", tmp_path)
 
 
@@ -521,7 +523,7 @@ def test_magnetic_tile_layout(tmp_path):
     save(tmp_path / "MT_Free/Imgs/a.jpg", GREY)
     save(tmp_path / "MT_Free/Imgs/a.png", mask)
     save(tmp_path / "MT_Fray/Imgs/b.jpg", GREY)
-    with pytest.raises(DatasetError, match=r"b\.jpg has no mask"):
+    with pytest.raises(DataError, match=r"b\.jpg has no mask"):
         load_dataset("magnetic_tile", tmp_path)
     save(tmp_path / "MT_Fray/Imgs/b.png", mask)
     data = load_dataset("magnetic_tile", tmp_path)
@@ -531,9 +533,9 @@ def test_magnetic_tile_layout(tmp_path):
     ]
     assert load_masks(data.samples, 4).sum() == 0  # an empty mask does not change the label
     (tmp_path / "MT_Break").mkdir()
-    with pytest.raises(DatasetError, match="MT_Break"):
+    with pytest.raises(DataError, match="MT_Break"):
         load_dataset("magnetic_tile", tmp_path)
-    with pytest.raises(DatasetError, match="no folder MT_Free"):
+    with pytest.raises(DataError, match="no folder MT_Free"):
         load_dataset("magnetic_tile", tmp_path / "MT_Fray")
 
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from conftest import shared_path
-from zsad_lib import ddim
-from zsad_lib.backbones import load_backbone
+from zsad_lib.diffusion import ddim
+from zsad_lib.diffusion.latent import load_backbone
 
 SETTINGS = ("official_default", "cheap_official_index", "cheap_matched", "cheap_matched_cfg1")
 CASES = [(i, s) for i in range(4) for s in SETTINGS if (i, s) != (3, "official_default")]  # not in the files

@@ -9,10 +9,12 @@ from sklearn.neighbors import KernelDensity
 from test_pixel_models import tiny_pixel_model, tiny_unet
 
 from conftest import shared_path
-from zsad_lib.image_sets import ImageSet, load_image_set
-from zsad_lib.methods import MethodError, diffpath, typicality
+from zsad_lib.anomaly.density import atypicality, fit_kernel, fit_mixture
+from zsad_lib.data.image_sets import ImageSet, load_image_set
+from zsad_lib.diffusion.pixel import PixelModel, improved_diffusion_schedule
+from zsad_lib.errors import MethodError
+from zsad_lib.methods import diffpath
 from zsad_lib.methods.diffpath import DiffPath, ddim_timesteps, noise_path, path_powers, path_states, path_statistics
-from zsad_lib.pixel_models import PixelModel, improved_diffusion_schedule
 
 RUNS = {"celeba_config": 6, "no_clip": 3}  # channels that the model gives
 
@@ -190,21 +192,21 @@ def test_mixture_is_chosen_by_held_out_likelihood():
     """Two clouds far apart, on very different scales: at least two components, and a gap between them is untypical."""
     rng = np.random.default_rng(0)
     clouds = np.concatenate([rng.normal(0, 1, (60, 2)), rng.normal(20, 1, (60, 2))])[rng.permutation(120)]
-    density = typicality.fit_mixture(clouds * [1, 1e4], (1, 2), folds=5)
+    density = fit_mixture(clouds * [1, 1e4], (1, 2), folds=5)
     assert density.named_steps["gaussianmixture"].n_components == 2
-    far, near = typicality.atypicality(density, np.array([[10, 10e4], [20, 20e4]]))
+    far, near = atypicality(density, np.array([[10, 10e4], [20, 20e4]]))
     assert far > near + 10
-    again = typicality.fit_mixture(clouds * [1, 1e4], (1, 2), folds=5)
-    np.testing.assert_array_equal(typicality.atypicality(density, clouds), typicality.atypicality(again, clouds))
+    again = fit_mixture(clouds * [1, 1e4], (1, 2), folds=5)
+    np.testing.assert_array_equal(atypicality(density, clouds), atypicality(again, clouds))
 
 
 def test_too_few_reference_images():
     with pytest.raises(MethodError, match="111 reference images are too few for 100 components and 10 folds"):
-        typicality.fit_mixture(np.random.default_rng(0).normal(size=(111, 6)), (50, 100))
+        fit_mixture(np.random.default_rng(0).normal(size=(111, 6)), (50, 100))
     with pytest.raises(MethodError, match="3 reference images are too few"):
-        typicality.fit_mixture(np.zeros((3, 2)), (1,), folds=5)
+        fit_mixture(np.zeros((3, 2)), (1,), folds=5)
 
 
 def test_features_that_are_no_numbers_are_named():
     with pytest.raises(MethodError, match="the features of 1 of 3 images are NaN or infinite, first of number 1"):
-        typicality.fit_kernel(np.array([[0.0], [np.nan], [1.0]]))
+        fit_kernel(np.array([[0.0], [np.nan], [1.0]]))

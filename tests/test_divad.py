@@ -9,9 +9,12 @@ import torch
 from test_backbones import tiny_backbone
 
 from conftest import shared_path
-from zsad_lib import ddim, maps
-from zsad_lib.backbones import load_backbone, load_features
-from zsad_lib.methods import MethodError, divad
+from zsad_lib.anomaly import maps
+from zsad_lib.anomaly.features import load_features
+from zsad_lib.diffusion import ddim
+from zsad_lib.diffusion.latent import load_backbone
+from zsad_lib.errors import MethodError
+from zsad_lib.methods import divad
 from zsad_lib.methods.divad import DIVAD, start_levels
 
 CHEAP = {"inversion_steps": 20, "inference_steps": 20, "start_step": 10}

@@ -8,12 +8,15 @@ import torch
 from test_backbones import saved, tiny_backbone  # noqa: F401 the fixture
 from test_guidance import fill, tiny_guided
 
-from zsad_lib import guidance, metrics
-from zsad_lib.backbones import BackboneError, load_backbone, load_features
-from zsad_lib.guidance import GuidedModel, SemanticGuide
-from zsad_lib.methods import MethodError, dzad, make_method
+from zsad_lib.anomaly.features import load_features
+from zsad_lib.anomaly.noise_errors import NoiseErrors, timestep_grid
+from zsad_lib.diffusion import guidance
+from zsad_lib.diffusion.guidance import GuidedModel, SemanticGuide
+from zsad_lib.diffusion.latent import load_backbone
+from zsad_lib.errors import MethodError, ModelError
+from zsad_lib.evaluation import metrics, tables
+from zsad_lib.methods import dzad, make_method
 from zsad_lib.methods.dzad import DZAD, Measured, Reading, join
-from zsad_lib.noise_errors import NoiseErrors, timestep_grid
 
 SMALL = {"stages": 5, "per_stage": 2, "steps": 5, "sigma": 1.0, "pool": 2}
 IDS = [f"plate/{k}" for k in range(4)]
@@ -101,7 +104,7 @@ def test_two_branches_find_what_is_anomalous():
     masks[measured.labels == 1, 2:4, 4:6] = True
     for name in dzad.MAPS:
         scores, maps = Reading(map=name, sigma=0).read(measured, reference)
-        found = metrics.evaluate(["a"] * 6, measured.labels, scores, maps, masks, n_bootstrap=0)
+        found = tables.evaluate(["a"] * 6, measured.labels, scores, maps, masks, n_bootstrap=0)
         found = found[found.category == "mean"].set_index("metric").value
         assert found["image_auroc"] == 1 and found["pixel_auroc"] > 0.99, name
 
@@ -204,7 +207,7 @@ def test_a_saved_model_gives_identical_output(saved, tmp_path):  # noqa: F811
     assert isinstance(guidance.load_guided_or_plain(saved), type(backbone))
     random = guidance.load_guided_or_plain(tmp_path / "pair", random_weights="unet")
     assert "random U-Net" in random.backbone.name
-    with pytest.raises(BackboneError, match="does not fit the U-Net"):
+    with pytest.raises(ModelError, match="does not fit the U-Net"):
         guidance.load_guided(tmp_path / "pair", base="lite-group-a")
 
 

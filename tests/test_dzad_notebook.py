@@ -8,8 +8,11 @@ import torch
 from test_dzad import guided_model, made_up
 from test_guidance import small
 
-from zsad_lib import guidance, maps, metrics, plots
+from zsad_lib.anomaly import maps
+from zsad_lib.diffusion import guidance
+from zsad_lib.evaluation import metrics
 from zsad_lib.methods.dzad import Reading
+from zsad_lib.notebook import plots
 
 
 @pytest.mark.parametrize(

@@ -13,11 +13,15 @@ from test_dzad import SMALL, guided_model, made_up
 from test_scoring import write_tree
 
 from conftest import shared_path
-from zsad_lib import dzad_tables, guidance, plots, weighting
-from zsad_lib.backbones import BackboneError, load_features
-from zsad_lib.datasets import DatasetError, load_dataset
-from zsad_lib.dzad_tables import ABLATION, FULL, UNGUIDED, Direction, component_label, component_reading
-from zsad_lib.methods import MethodError, make_method
+from zsad_lib.anomaly import weighting
+from zsad_lib.anomaly.features import load_features
+from zsad_lib.data.datasets import load_dataset
+from zsad_lib.diffusion import guidance
+from zsad_lib.errors import DataError, MethodError, ModelError
+from zsad_lib.methods import make_method
+from zsad_lib.notebook import plots
+from zsad_lib.papers import dzad_tables
+from zsad_lib.papers.dzad_tables import ABLATION, FULL, UNGUIDED, Direction, component_label, component_reading
 from zsad_lib.profiles import CROSS
 
 SHARED = {
@@ -179,7 +183,7 @@ def test_table_3_and_4_and_the_decisions(directions, plain_maps):
 def test_a_missing_set_is_left_out_and_said(monkeypatch, directions):
     def measure_direction(profile, target, **_):
         if target == "magnetic_tile":
-            raise DatasetError("no folder at data/magnetic_tile")
+            raise DataError("no folder at data/magnetic_tile")
         return directions[target]
 
     monkeypatch.setattr(dzad_tables, "measure_direction", measure_direction)
@@ -187,7 +191,7 @@ def test_a_missing_set_is_left_out_and_said(monkeypatch, directions):
     assert list(found) == ["synthad-B", "synthad-A"] and left_out == {
         "magnetic_tile": "no folder at data/magnetic_tile"
     }
-    with pytest.raises(DatasetError, match="no target at hand: no folder at"):
+    with pytest.raises(DataError, match="no target at hand: no folder at"):
         dzad_tables.study("lite", ["magnetic_tile"])
     with pytest.raises(MethodError, match="no target mvtec_ad in profile lite; there are: synthad-B, "):
         dzad_tables.measure_directions("lite", ["mvtec_ad"])
@@ -294,8 +298,8 @@ def test_both_models_come_from_the_cross_protocol(monkeypatch):
     monkeypatch.setattr(dzad_tables, "load_guided", lambda name, device: replace(model, facts={}))
     with pytest.raises(MethodError, match="lite-dzad-b names no base model"):
         dzad_tables.load_methods("lite", "synthad-A")
-    monkeypatch.setattr(dzad_tables, "load_guided", lambda name, device: (_ for _ in ()).throw(BackboneError("gone")))
-    with pytest.raises(BackboneError, match="gone"):
+    monkeypatch.setattr(dzad_tables, "load_guided", lambda name, device: (_ for _ in ()).throw(ModelError("gone")))
+    with pytest.raises(ModelError, match="gone"):
         dzad_tables.load_methods("lite", "synthad-A")
 
 

@@ -7,7 +7,8 @@ import numpy as np
 import pandas as pd
 
 from conftest import shared_path
-from zsad_lib import metrics, plots, widgets
+from zsad_lib.evaluation import metrics
+from zsad_lib.notebook import plots, widgets
 
 
 def measured():

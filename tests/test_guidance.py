@@ -12,10 +12,11 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from test_backbones import tiny_backbone, tiny_parts, tiny_scheduler
 
 from conftest import shared_path
-from zsad_lib import convert, ddim, guidance
-from zsad_lib.backbones import Backbone, BackboneError
-from zsad_lib.guidance import GuidanceError, GuidedBackbone, SemanticGuide, guided_unet
-from zsad_lib.recipes import LATENT_CHANNELS, build_scheduler, build_unet
+from zsad_lib.diffusion import convert, ddim, guidance
+from zsad_lib.diffusion.guidance import GuidedBackbone, SemanticGuide, guided_unet
+from zsad_lib.diffusion.latent import Backbone
+from zsad_lib.errors import ModelError
+from zsad_lite.training.recipes import LATENT_CHANNELS, build_scheduler, build_unet
 
 RAW = {"hint_mean": (0, 0, 0), "hint_std": (1, 1, 1)}  # the golden hints are given as the network takes them
 GROUPS = {"sd": ((6, 7, 8), (9, 10, 11)), "compact": ((2, 3), (4, 5))}  # fused skips, and those fused into
@@ -287,7 +288,7 @@ def standing_in(unet, dtype=torch.float32):
 def test_loading_never_guesses(tmp_path):
     unet, guide, _ = small(filled=False)
     guide.save_pretrained(tmp_path)
-    with pytest.raises(BackboneError, match="U-Net with in_channels 8; that of model has 4"):
+    with pytest.raises(ModelError, match="U-Net with in_channels 8; that of model has 4"):
         guidance.load_guide(tmp_path, standing_in(tiny_parts()[1]))
     from safetensors.torch import load_file, save_file
 
@@ -295,24 +296,24 @@ def test_loading_never_guesses(tmp_path):
     weights = load_file(file)
     del weights["fusion.down.0.0.weight"]
     save_file(weights, file)
-    with pytest.raises(BackboneError, match=r"1 missing \(fusion.down.0.0.weight"):
+    with pytest.raises(ModelError, match=r"1 missing \(fusion.down.0.0.weight"):
         guidance.load_guide(tmp_path, standing_in(unet))
 
 
 def test_errors():
     unet, guide, (z, t, text, images) = small(filled=False)
-    with pytest.raises(GuidanceError, match=r"latents are 16x16, the embedded images 8x16, after 2 downsamplings"):
+    with pytest.raises(ModelError, match=r"latents are 16x16, the embedded images 8x16, after 2 downsamplings"):
         run(unet, guide, (z, t, text, images[:, :, :32]))
-    with pytest.raises(GuidanceError, match="'mid' is unknown; use one of .*only mid"):
+    with pytest.raises(ModelError, match="'mid' is unknown; use one of .*only mid"):
         run(unet, guide, (z, t, text, images), "mid")
-    with pytest.raises(GuidanceError, match="'zero' is unknown; use one of .*published"):
+    with pytest.raises(ModelError, match="'zero' is unknown; use one of .*published"):
         SemanticGuide.from_unet(unet, 2, "zero")
-    with pytest.raises(GuidanceError, match="deepest feature maps have one pixel"):
+    with pytest.raises(ModelError, match="deepest feature maps have one pixel"):
         run(unet, guide, (z[..., :4, :4], t, text, images[..., :16, :16]))
     shallow = {"down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("CrossAttnUpBlock2D",)}
-    with pytest.raises(GuidanceError, match="two levels are the least"):
+    with pytest.raises(ModelError, match="two levels are the least"):
         SemanticGuide.from_unet(UNet2DConditionModel(block_out_channels=(32,), **shallow))
-    with pytest.raises(GuidanceError, match="one number for all"):
+    with pytest.raises(ModelError, match="one number for all"):
         SemanticGuide.from_unet(SimpleNamespace(config=SimpleNamespace(layers_per_block=(1, 2))))
 
 
@@ -357,9 +358,9 @@ def test_rows_say_which_image_a_latent_belongs_to():
         alone = GuidedBackbone(backbone, guided.guide, guided.images[row : row + 1])
         one = alone.predict_noise(z[k : k + 1], int(t[k]), cond[row : row + 1])
         assert torch.allclose(one, many[k : k + 1], atol=1e-5)
-    with pytest.raises(GuidanceError, match="4 latents for 3 images"):
+    with pytest.raises(ModelError, match="4 latents for 3 images"):
         guided.predict_noise(z, 300, cond[rows])
-    with pytest.raises(GuidanceError, match="mode 'half' is unknown"):
+    with pytest.raises(ModelError, match="mode 'half' is unknown"):
         GuidedBackbone(backbone, guided.guide, guided.images, "half")
 
 

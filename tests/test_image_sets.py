@@ -7,9 +7,10 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from conftest import shared_path
-from zsad_lib import image_sets, synthad
-from zsad_lib.datasets import DatasetError
-from zsad_lib.image_sets import IMAGE_SETS, PATCH, UNROOTED, available, load_image_set
+from zsad_lib.data import image_sets
+from zsad_lib.data.image_sets import IMAGE_SETS, PATCH, UNROOTED, available, load_image_set
+from zsad_lib.errors import DataError
+from zsad_lite import synthad
 
 
 def write(path, shape=(32, 32, 3), seed=0):
@@ -109,30 +110,26 @@ def test_available(folders, tmp_path, monkeypatch):
 
 
 def test_errors_say_what_to_do(folders, tmp_path, monkeypatch):
-    with pytest.raises(DatasetError, match="no image set 'svhn'; there are: synthad, synthad-a, .*cifar10, magnetic_"):
+    with pytest.raises(DataError, match="no image set 'svhn'; there are: synthad, synthad-a, .*cifar10, magnetic_"):
         load_image_set("svhn")
-    with pytest.raises(DatasetError, match="no split 'validation'; there are: train, test"):
+    with pytest.raises(DataError, match="no split 'validation'; there are: train, test"):
         load_image_set("digits", "validation")
-    with pytest.raises(DatasetError, match="count must be 1 or more, or None for all, not 0"):
+    with pytest.raises(DataError, match="count must be 1 or more, or None for all, not 0"):
         load_image_set("digits", count=0)
-    with pytest.raises(
-        DatasetError, match="image set 'digits' has no folder; root is for cifar10, magnetic_tile, fold"
-    ):
+    with pytest.raises(DataError, match="image set 'digits' has no folder; root is for cifar10, magnetic_tile, fold"):
         load_image_set("digits", root=tmp_path)
-    with pytest.raises(DatasetError, match="image set 'folder' needs root="):
+    with pytest.raises(DataError, match="image set 'folder' needs root="):
         load_image_set("folder")
     write(tmp_path / "single/a.png")
-    with pytest.raises(DatasetError, match="'folder' in .*single has no image left for the split 'test'"):
+    with pytest.raises(DataError, match="'folder' in .*single has no image left for the split 'test'"):
         load_image_set("folder", root=tmp_path / "single")
     write(tmp_path / "small/MT_Free/Imgs/a.jpg", (40, 90))
-    with pytest.raises(DatasetError, match="a.jpg is smaller than 64 px"):
+    with pytest.raises(DataError, match="a.jpg is smaller than 64 px"):
         load_image_set("magnetic_tile", "train", root=tmp_path / "small")
     monkeypatch.setenv("ZSAD_DATA", str(tmp_path / "nothing"))
-    with pytest.raises(
-        DatasetError, match="no folder at .*nothing/cifar10/test for image set cifar10. Download the arch"
-    ):
+    with pytest.raises(DataError, match="no folder at .*nothing/cifar10/test for image set cifar10. Download the arch"):
         load_image_set("cifar10")
-    with pytest.raises(DatasetError, match="no folder at .*nothing/magnetic_tile for dataset magnetic_tile. Clone"):
+    with pytest.raises(DataError, match="no folder at .*nothing/magnetic_tile for dataset magnetic_tile. Clone"):
         load_image_set("magnetic_tile")
-    with pytest.raises(DatasetError, match="no folder at .*nowhere for dataset folder"):
+    with pytest.raises(DataError, match="no folder at .*nowhere for dataset folder"):
         load_image_set("folder", root=tmp_path / "nowhere")

@@ -4,15 +4,9 @@ import pytest
 
 from conftest import ROOT
 from zsad_lib import manifest
-from zsad_lib.datasets import READERS
-from zsad_lib.manifest import (
-    ManifestError,
-    checkpoint_entry,
-    dataset_entry,
-    folder_hash,
-    load_manifest,
-    verify,
-)
+from zsad_lib.data.readers import READERS
+from zsad_lib.errors import DataError
+from zsad_lib.manifest import checkpoint_entry, dataset_entry, folder_hash, load_manifest, verify
 
 TEXTS = ["title", "sha256_note", "licence", "citation", "layout", "fetch"]
 REQUIRED = {*TEXTS, "revision", "size_bytes", "sha256"}
@@ -92,7 +86,7 @@ def test_shipped_checkpoints_are_those_of_the_manifest():
 
 
 def test_unknown_names_list_the_known_ones(small):
-    with pytest.raises(ManifestError, match="no dataset `tile` in .*; it has: net, tiles"):
+    with pytest.raises(DataError, match="no dataset `tile` in .*; it has: net, tiles"):
         dataset_entry("tile")
     with pytest.raises(KeyError) as error:
         checkpoint_entry("nets")
@@ -108,12 +102,12 @@ def test_the_manifest_lies_beside_the_package(monkeypatch):
 def test_unreadable_manifests(tmp_path, monkeypatch):
     path = tmp_path / "m.yaml"
     monkeypatch.setenv("ZSAD_MANIFEST", str(path))
-    with pytest.raises(ManifestError, match=r"no manifest at .*m\.yaml.*ZSAD_MANIFEST"):
+    with pytest.raises(DataError, match=r"no manifest at .*m\.yaml.*ZSAD_MANIFEST"):
         load_manifest()
     wrong = {"a: [": "not valid YAML", "datasets: {}": "no section `checkpoints:`", "": "no section"}
     for text, reason in wrong.items():
         path.write_text(text)
-        with pytest.raises(ManifestError, match=reason):
+        with pytest.raises(DataError, match=reason):
             load_manifest()
 
 
@@ -145,12 +139,12 @@ def test_verify(small):
     folder = small.parent / "weights" / "net"
     assert verify({"sha256": None}, folder) is False
     assert verify({"sha256": folder_hash(folder)}, folder) is True
-    with pytest.raises(ManifestError, match="is not the checkpoint of the manifest"):
+    with pytest.raises(DataError, match="is not the checkpoint of the manifest"):
         verify({"sha256": "0" * 64}, folder)
-    with pytest.raises(ManifestError, match="no folder at"):
+    with pytest.raises(DataError, match="no folder at"):
         verify({"sha256": None}, folder / "absent")
     (small.parent / "void").mkdir()
-    with pytest.raises(ManifestError, match="holds no files"):
+    with pytest.raises(DataError, match="holds no files"):
         verify({"sha256": None}, small.parent / "void")
 
 
@@ -163,9 +157,9 @@ def test_record_writes_one_entry_and_keeps_the_rest(small):
     lines = zip(SMALL.splitlines(), small.read_text().splitlines(), strict=True)
     changed = [before for before, after in lines if before != after]
     assert [line.split(":")[0].strip() for line in changed] == ["size_bytes", "sha256"]
-    with pytest.raises(ManifestError, match="has no `path`"):
+    with pytest.raises(DataError, match="has no `path`"):
         manifest.record("other")
     before = small.read_text()
-    with pytest.raises(ManifestError, match="needs a line `size_bytes:`"):
+    with pytest.raises(DataError, match="needs a line `size_bytes:`"):
         manifest.record("last")
     assert small.read_text() == before

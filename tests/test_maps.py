@@ -6,7 +6,7 @@ import torch
 from scipy.ndimage import gaussian_filter
 
 from conftest import shared_path
-from zsad_lib import maps
+from zsad_lib.anomaly import maps
 
 
 @pytest.mark.parametrize("name", ("dino_one_level", "three_levels"))

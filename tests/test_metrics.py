@@ -11,8 +11,10 @@ from scipy import ndimage
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
 from conftest import shared_path
-from zsad_lib import metrics
-from zsad_lib.metrics import UndefinedMetric, aupro, auroc, average_precision, evaluate, f1_max, format_table
+from zsad_lib.errors import UndefinedMetric
+from zsad_lib.evaluation import metrics, official, tables
+from zsad_lib.evaluation.metrics import aupro, auroc, average_precision, f1_max
+from zsad_lib.evaluation.tables import evaluate, format_table
 
 CASES = ("smooth", "weak", "perfect", "perfect_binary", "inverted", "quantised", "diagonal", "outlier")
 LABELS = np.array([1] * 5 + [0] * 3)
@@ -100,15 +102,15 @@ def test_exact_metrics_equal_the_golden_values(case):
 @pytest.mark.parametrize("case", CASES)
 def test_official_metrics_equal_the_golden_values(case):
     values, masks, maps, image_scores, _ = golden(case)
-    assert metrics.auroc_official(LABELS, image_scores) == pytest.approx(values["max"], abs=1e-9)
-    assert metrics.auroc_official(masks, maps) == pytest.approx(values["pixel"], abs=1e-9)
+    assert official.auroc_official(LABELS, image_scores) == pytest.approx(values["max"], abs=1e-9)
+    assert official.auroc_official(masks, maps) == pytest.approx(values["pixel"], abs=1e-9)
     if isinstance(values["pro"], str):
         with pytest.raises(UndefinedMetric, match="divisor, is 0"):
-            metrics.aupro_official(masks, maps)
+            official.aupro_official(masks, maps)
         return
-    assert metrics.aupro_official(masks, maps) == pytest.approx(values["pro"], abs=1e-6)
+    assert official.aupro_official(masks, maps) == pytest.approx(values["pro"], abs=1e-6)
     if values["official_pro_2000_thresholds"]:
-        fine = metrics.aupro_official(masks, maps, n_thresholds=2000)
+        fine = official.aupro_official(masks, maps, n_thresholds=2000)
         assert fine == pytest.approx(values["official_pro_2000_thresholds"], abs=1e-6)
 
 
@@ -199,7 +201,7 @@ def test_values_do_not_depend_on_the_order_of_images():
 # --------------------------------------------------------------------------------- undefined and wrong inputs
 
 
-@pytest.mark.parametrize("metric", [auroc, average_precision, f1_max, metrics.auroc_official])
+@pytest.mark.parametrize("metric", [auroc, average_precision, f1_max, official.auroc_official])
 @pytest.mark.parametrize(
     "labels, scores, reason",
     [
@@ -214,7 +216,7 @@ def test_undefined_image_metrics_say_why(metric, labels, scores, reason):
         metric(labels, scores)
 
 
-@pytest.mark.parametrize("metric", [aupro, metrics.aupro_official])
+@pytest.mark.parametrize("metric", [aupro, official.aupro_official])
 def test_undefined_region_metrics_say_why(metric):
     maps = np.random.default_rng(0).random((2, 4, 4))
     with pytest.raises(UndefinedMetric, match="no anomalous pixel"):
@@ -231,9 +233,9 @@ def test_official_thresholds_are_float32_and_strict():
     maps = np.clip(np.round(100 + 30 * maps), 0, 200)
     maps[-1, 0, :2] = 0, 200  # the 200 thresholds are 0, 1, ..., 199: every score ties with one
     wanted = plain_official_aupro(masks, maps)
-    assert metrics.aupro_official(masks, maps) == pytest.approx(wanted, abs=1e-9)
+    assert official.aupro_official(masks, maps) == pytest.approx(wanted, abs=1e-9)
     nudged = maps + 1e-9 * (maps * masks).astype(float)  # gone in float32; in float64 the ties would break
-    assert metrics.aupro_official(masks, nudged) == pytest.approx(wanted, abs=1e-9)
+    assert official.aupro_official(masks, nudged) == pytest.approx(wanted, abs=1e-9)
     frame = evaluate(["a"] * 9, masks.any((1, 2)), np.arange(9), nudged, masks, variant="official")
     assert frame.value[6] == pytest.approx(wanted, abs=1e-9) and frame.metric[6] == "aupro"
 
@@ -242,9 +244,9 @@ def test_official_aupro_is_undefined_where_the_official_code_fails():
     masks = np.zeros((1, 10, 10), bool)
     masks[0, :3, :3] = True
     with pytest.raises(UndefinedMetric, match="all maps are constant"):
-        metrics.aupro_official(masks, np.ones(masks.shape))
+        official.aupro_official(masks, np.ones(masks.shape))
     with pytest.raises(UndefinedMetric, match="two are needed"):
-        metrics.aupro_official(masks, np.where(masks | (np.arange(100).reshape(1, 10, 10) < 99), 1.0, 0.0))
+        official.aupro_official(masks, np.where(masks | (np.arange(100).reshape(1, 10, 10) < 99), 1.0, 0.0))
 
 
 @pytest.mark.parametrize(
@@ -303,13 +305,13 @@ def test_draws_equal_brute_force_resampling(levels):
 
 def test_draws_are_stratified_whole_sets():
     labels = np.array([0] * 30 + [1] * 10, bool)
-    weights = metrics._draws(labels, "a", "a", 400, seed=0)
+    weights = tables._draws(labels, "a", "a", 400, seed=0)
     assert (weights[:, 0] == 1).all()
     assert (weights[:30].sum(0) == 30).all() and (weights[30:].sum(0) == 10).all()
     assert np.abs(weights[:, 1:].mean(1) - 1).max() < 0.25  # every image is as likely as any other
     assert weights[:, 1:].var() == pytest.approx(1, abs=0.1)  # with replacement: nearly Poisson counts
-    assert (metrics._draws(labels, "a", "a", 400, seed=1) != weights).any()
-    other = metrics._draws(labels, "a", "a/dent", 400, seed=0)
+    assert (tables._draws(labels, "a", "a", 400, seed=1) != weights).any()
+    other = tables._draws(labels, "a", "a/dent", 400, seed=0)
     assert (other[:30] == weights[:30]).all() and (other[30:] != weights[30:]).any()
 
 
@@ -320,7 +322,7 @@ def test_intervals_are_percentiles_of_the_draws_and_ignore_other_categories():
         auroc(labels[order][rows], scores[order][rows])
         for rows in (
             np.repeat(np.arange(12), column)
-            for column in metrics._draws(labels[order] == 1, "a", "a", 50, seed=3)[:, 1:].T.astype(int)
+            for column in tables._draws(labels[order] == 1, "a", "a", 50, seed=3)[:, 1:].T.astype(int)
         )
     ]
     alone = evaluate(["a"] * 12, labels, scores, maps, masks, n_bootstrap=50, seed=3, confidence=0.8)
@@ -381,7 +383,7 @@ def test_frame_gives_reasons_and_averages_what_is_defined():
     masks[[0, 4]] = False
     labels[7:], masks[7:] = 0, False  # nut has no anomalous image
     frame = evaluate(names, labels, scores, maps, masks, n_bootstrap=10)
-    assert tuple(frame.columns) == metrics.COLUMNS and len(frame) == 4 * 7
+    assert tuple(frame.columns) == tables.COLUMNS and len(frame) == 4 * 7
     assert list(dict.fromkeys(frame.category)) == ["cable", "nut", "screw", "mean"]
     cells = frame.set_index(["category", "metric"])
     assert np.isnan(cells.value["nut", "image_ap"])

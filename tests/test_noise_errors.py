@@ -8,11 +8,11 @@ import torch
 from test_backbones import tiny_backbone, tiny_scheduler
 from test_guidance import tiny_guided
 
-from zsad_lib import noise_errors, weighting
-from zsad_lib.backbones import EXTENSIONS, BackboneError, extend_schedule
-from zsad_lib.methods import MethodError
-from zsad_lib.methods.base import image_noise
-from zsad_lib.noise_errors import measure
+from zsad_lib.anomaly import noise_errors, weighting
+from zsad_lib.anomaly.noise_errors import measure
+from zsad_lib.diffusion.latent import EXTENSIONS, extend_schedule
+from zsad_lib.diffusion.noise import image_noise
+from zsad_lib.errors import MethodError, ModelError
 
 IDS = ["tile/a", "tile/b", "gauge/a"]
 SMALL = {"stages": 5, "per_stage": 2, "seeds": (0, 7)}
@@ -258,5 +258,5 @@ def test_measuring_with_more_timesteps(reading):
     ],
 )
 def test_errors(call, message):
-    with pytest.raises((MethodError, BackboneError), match=message):
+    with pytest.raises((MethodError, ModelError), match=message):
         call()

@@ -5,12 +5,13 @@ import pandas as pd
 import pytest
 from test_pixel_models import tiny_schedule, tiny_unet
 
-from zsad_lib import metrics, ood
-from zsad_lib.datasets import DatasetError
-from zsad_lib.image_sets import load_image_set
+from zsad_lib.data.image_sets import load_image_set
+from zsad_lib.diffusion.pixel import load_pixel_model
+from zsad_lib.errors import DataError
+from zsad_lib.evaluation import metrics
 from zsad_lib.methods import diffpath, stein_ssim
 from zsad_lib.methods.stein_ssim import Reading
-from zsad_lib.pixel_models import load_pixel_model
+from zsad_lib.papers import ood
 
 KDE = Reading("trajectory", "joint", "typicality", "score", "kde")
 SUM = Reading()
@@ -158,7 +159,7 @@ def test_study_has_the_control_and_goes_on_from_kept_features(base, tmp_path, mo
     assert not np.allclose(*by_base.to_numpy()), "the control has the weights of the model"
     monkeypatch.setattr(stein_ssim, "extract", lambda *_, **__: pytest.fail("scored again"))
     pd.testing.assert_frame_equal(ood.study(**options), first)
-    with pytest.raises(DatasetError, match="no pair of different sets"):
+    with pytest.raises(DataError, match="no pair of different sets"):
         ood.study(**options | {"ins": ["digits"], "outs": ["digits", "cifar10"]})
 
 

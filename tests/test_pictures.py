@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from zsad_lib import pictures
+from zsad_lite.synthad import pictures
 
 DIGEST = "58436980969fd57140adefff3be6d5b4fa867a0e61df5fb0b76401e82142a74c"
 SURFACES = "3fc89d21d848a1e23c5cf15c213d9a9c2f0df952aa14397294ee6279d499a0c0"

@@ -13,9 +13,14 @@ import torch
 import torch.nn.functional as F
 
 from conftest import shared_path
-from zsad_lib import pixel_models
-from zsad_lib.backbones import BackboneError
-from zsad_lib.pixel_models import PixelModel, convert_improved_diffusion, improved_diffusion_schedule, load_pixel_model
+from zsad_lib.diffusion import pixel
+from zsad_lib.diffusion.pixel import (
+    PixelModel,
+    convert_improved_diffusion,
+    improved_diffusion_schedule,
+    load_pixel_model,
+)
+from zsad_lib.errors import ModelError
 
 
 def tiny_unet(**changes):
@@ -132,7 +137,7 @@ def test_random_weights(saved):
     again = load_pixel_model(saved, "cpu", random_weights="all")
     assert again.name == "tiny (random weights)" and again.config["weights"] == control.config["weights"]
     assert torch.equal(torch.get_rng_state(), state)
-    with pytest.raises(BackboneError, match="random_weights 'some' is unknown"):
+    with pytest.raises(ModelError, match="random_weights 'some' is unknown"):
         load_pixel_model(saved, random_weights="some")
 
 
@@ -152,7 +157,7 @@ def test_older_layout_of_the_hub(copy, tmp_path):
     save_file(state, flat / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
     assert load_pixel_model(flat, "cpu").config["weights"] == load_pixel_model(copy, "cpu").config["weights"]
     (flat / "scheduler_config.json").unlink()
-    with pytest.raises(BackboneError, match="flat is not a DDPMPipeline folder: it lacks scheduler_config.json"):
+    with pytest.raises(ModelError, match="flat is not a DDPMPipeline folder: it lacks scheduler_config.json"):
         load_pixel_model(flat)
 
 
@@ -163,13 +168,11 @@ def test_hub_ids_are_tried_in_both_layouts(saved, monkeypatch):
     def fetch(where, part, loader, *args, **kwargs):
         asked.append(part)
         if part:
-            raise BackboneError("no such subfolder")
+            raise ModelError("no such subfolder")
         return json.loads((saved / "scheduler/scheduler_config.json").read_text())
 
-    monkeypatch.setattr(pixel_models, "fetch", fetch)
-    monkeypatch.setattr(
-        pixel_models, "read_weights", lambda where, part, cls, **kwargs: asked.append(part) or tiny_unet()
-    )
+    monkeypatch.setattr(pixel, "fetch", fetch)
+    monkeypatch.setattr(pixel, "read_weights", lambda where, part, cls, **kwargs: asked.append(part) or tiny_unet())
     assert load_pixel_model("owner/ddpm", "cpu").name == "owner/ddpm"
     assert asked == ["unet", None, None]
 
@@ -178,7 +181,7 @@ def test_hub_out_of_reach(monkeypatch):
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(BackboneError, match="neither a folder here nor complete in the local hub cache.*hf download"):
+    with pytest.raises(ModelError, match="neither a folder here nor complete in the local hub cache.*hf download"):
         load_pixel_model("nobody/no-such-model")
 
 
@@ -187,19 +190,19 @@ def test_names_of_the_manifest(saved, tmp_path, monkeypatch):
     monkeypatch.setenv("ZSAD_MANIFEST", str(tmp_path / "data_manifest.yaml"))
     shutil.copytree(saved, tmp_path / "tiny")
     assert load_pixel_model("here", "cpu").config == tiny_pixel_model().config
-    with pytest.raises(BackboneError, match="no checkpoint `there`.*it has: here"):
+    with pytest.raises(ModelError, match="no checkpoint `there`.*it has: here"):
         load_pixel_model("there")
 
 
 def test_folders_that_cannot_be_read(copy):
     edit_json(copy / "model_index.json", vqvae=["diffusers", "VQModel"])
-    with pytest.raises(BackboneError, match="has the parts vqvae besides unet and scheduler"):
+    with pytest.raises(ModelError, match="has the parts vqvae besides unet and scheduler"):
         load_pixel_model(copy)
     (copy / "unet/config.json").unlink()
-    with pytest.raises(BackboneError, match="is not a DDPMPipeline folder: it lacks unet/config.json$"):
+    with pytest.raises(ModelError, match="is not a DDPMPipeline folder: it lacks unet/config.json$"):
         load_pixel_model(copy)
     (copy / "model_index.json").unlink()
-    with pytest.raises(BackboneError, match="is not a DDPMPipeline folder: it lacks model_index.json"):
+    with pytest.raises(ModelError, match="is not a DDPMPipeline folder: it lacks model_index.json"):
         load_pixel_model(copy)
 
 
@@ -210,21 +213,21 @@ def test_weights_that_do_not_fit_are_refused(copy):
     state = load_file(file)
     del state["conv_in.weight"]
     save_file(state, file, metadata={"format": "pt"})
-    with pytest.raises(BackboneError, match="do not fit config.json: 1 missing"):
+    with pytest.raises(ModelError, match="do not fit config.json: 1 missing"):
         load_pixel_model(copy, "cpu")
 
 
 def test_models_of_another_kind_are_refused(copy):
-    with pytest.raises(BackboneError, match="1 channels in and 3 out"):
+    with pytest.raises(ModelError, match="1 channels in and 3 out"):
         PixelModel(tiny_unet(in_channels=1), tiny_schedule(), "x")
-    with pytest.raises(BackboneError, match="3 channels in and 4 out"):
+    with pytest.raises(ModelError, match="3 channels in and 4 out"):
         PixelModel(tiny_unet(out_channels=4), tiny_schedule(), "x")
-    with pytest.raises(BackboneError, match="conditional on a class"):
+    with pytest.raises(ModelError, match="conditional on a class"):
         PixelModel(tiny_unet(num_class_embeds=10), tiny_schedule(), "x")
-    with pytest.raises(BackboneError, match="prediction type 'sample' is not supported"):
+    with pytest.raises(ModelError, match="prediction type 'sample' is not supported"):
         PixelModel(tiny_unet(), tiny_schedule(prediction_type="sample"), "x")
     (copy / "scheduler/scheduler_config.json").write_text('{"_class_name": "ScoreSdeVeScheduler", "sigma_max": 1348}')
-    with pytest.raises(BackboneError, match="has a ScoreSdeVeScheduler, which has no beta schedule"):
+    with pytest.raises(ModelError, match="has a ScoreSdeVeScheduler, which has no beta schedule"):
         load_pixel_model(copy)
 
 
@@ -376,14 +379,14 @@ def test_every_key_without_a_place_is_told():
     state["out.2.weight"] = torch.zeros(3, 32, 3, 3)
     state["input_blocks.9.0.in_layers.2.weight"] = torch.zeros(3)
     del state["middle_block.1.qkv.bias"]
-    with pytest.raises(BackboneError) as error:
+    with pytest.raises(ModelError) as error:
         convert_improved_diffusion(state, **hyperparameters)
     text = str(error.value)
     assert "2 have no place: input_blocks.9.0.in_layers.2.weight, label_emb.weight;" in text
     assert "3 are missing (by their new names): mid_block.attentions.0.to_k.bias, " in text
     assert "1 have another shape: out.2.weight [3, 32, 3, 3]" in text
     fewer = hyperparameters | {"num_res_blocks": 1}
-    with pytest.raises(BackboneError, match="have no place: input_blocks.2.0.emb.*output_blocks.8.0.in_layers.0.bias"):
+    with pytest.raises(ModelError, match="have no place: input_blocks.2.0.emb.*output_blocks.8.0.in_layers.0.bias"):
         convert_improved_diffusion(network.state, **fewer)
 
 
@@ -401,15 +404,15 @@ def test_every_key_without_a_place_is_told():
 )
 def test_what_cannot_be_converted_says_so(change, message):
     network, hyperparameters = theirs("as DiffPath's CelebA")
-    with pytest.raises(BackboneError, match=message):
+    with pytest.raises(ModelError, match=message):
         convert_improved_diffusion(network.state, **hyperparameters | change)
 
 
 @pytest.mark.parametrize(("preset", "attentive"), [("diffpath-celeba32", (1, 2)), ("imagenet64", (2, 3))])
 def test_presets_ask_for_the_networks_they_name(preset, attentive):
     """Three resnets a level, four levels, attention at 16 and 8 px: told by the keys that an empty file lacks."""
-    with torch.device("meta"), pytest.raises(BackboneError) as error:
-        convert_improved_diffusion({}, **pixel_models.PRESETS[preset])
+    with torch.device("meta"), pytest.raises(ModelError) as error:
+        convert_improved_diffusion({}, **pixel.PRESETS[preset])
     missing = str(error.value)
     assert "have no place" not in missing and "up_blocks.3.resnets.3.conv2.weight" in missing
     found = {level for level in range(4) if f"down_blocks.{level}.attentions.2.to_q.weight" in missing}
@@ -453,11 +456,11 @@ def test_checkpoint_files(tmp_path):
 
 def test_checkpoint_files_need_hyperparameters(saved, tmp_path):
     torch.save({"a": torch.zeros(1)}, tmp_path / "theirs.pt")
-    with pytest.raises(BackboneError, match="needs hyperparameters, not None: one of diffpath-celeba32, imagenet64"):
+    with pytest.raises(ModelError, match="needs hyperparameters, not None: one of diffpath-celeba32, imagenet64"):
         load_pixel_model(tmp_path / "theirs.pt")
-    with pytest.raises(BackboneError, match="needs hyperparameters, not 'celeba'"):
+    with pytest.raises(ModelError, match="needs hyperparameters, not 'celeba'"):
         load_pixel_model(tmp_path / "theirs.pt", hyperparameters="celeba")
-    with pytest.raises(BackboneError, match="hyperparameters are for a checkpoint file"):
+    with pytest.raises(ModelError, match="hyperparameters are for a checkpoint file"):
         load_pixel_model(saved, hyperparameters="imagenet64")
 
 
@@ -475,6 +478,6 @@ def test_a_pickle_is_never_executed(tmp_path):
     (tmp_path / "worse.pt").write_bytes(pickle.dumps(Harmful(mark), protocol=2))
     torch.save([torch.zeros(1)], tmp_path / "list.pt")
     for name, message in (("bad", "cannot be read"), ("worse", "cannot be read"), ("list", "is no state dict")):
-        with pytest.raises(BackboneError, match=message):
+        with pytest.raises(ModelError, match=message):
             load_pixel_model(tmp_path / f"{name}.pt", hyperparameters="imagenet64")
     assert not mark.exists()

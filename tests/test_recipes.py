@@ -10,14 +10,19 @@ from diffusers import DDPMPipeline
 from PIL import Image
 from test_backbones import tiny_backbone
 
-from zsad_lib import guided_training, recipes, synthad, training
-from zsad_lib.backbones import load_backbone, load_features
-from zsad_lib.captions import load_captioner
-from zsad_lib.guidance import TRAINED, load_guided
+from conftest import ROOT
+from zsad_lib.anomaly.features import load_features
+from zsad_lib.data.captions import load_captioner
+from zsad_lib.diffusion.guidance import TRAINED, load_guided
+from zsad_lib.diffusion.latent import load_backbone
+from zsad_lib.errors import TrainingError
+from zsad_lib.training import fit, guides
+from zsad_lite import synthad
+from zsad_lite.training import pools, recipes
 
 
 def test_unknown_recipe():
-    with pytest.raises(training.TrainingError, match="lite-foundation"):
+    with pytest.raises(TrainingError, match="lite-foundation"):
         recipes.train("stable-diffusion")
 
 
@@ -84,7 +89,7 @@ def test_the_features_recipe_writes_a_resnet_that_loads(in_tmp):
 
 
 def test_the_features_recipe_needs_an_autoencoder(in_tmp):
-    with pytest.raises(training.TrainingError, match="lite-foundation first"):
+    with pytest.raises(TrainingError, match="lite-foundation first"):
         recipes.train("lite-features", steps=1, per_category=1, pipeline="nowhere")
 
 
@@ -96,7 +101,7 @@ def test_place_loss_is_low_only_where_places_agree():
 
 
 def test_degraded_copies_differ_but_show_the_same():
-    x = training.to_tensor(np.stack([synthad.draw("gauge", "0").image]))
+    x = fit.to_tensor(np.stack([synthad.draw("gauge", "0").image]))
     one, two = (recipes.degrade(x, torch.Generator().manual_seed(k)) for k in (1, 2))
     assert one.shape == (1, 3, 128, 128) and not torch.equal(one, two)
     plain = torch.nn.functional.interpolate(x, 128, mode="bilinear")
@@ -127,7 +132,7 @@ def test_the_ddpm_recipe_writes_a_pipeline_that_draws(in_tmp):
 
 
 def test_the_ddpm_recipe_trains_on_a_folder(in_tmp):
-    with pytest.raises(training.TrainingError, match="--data FOLDER"):
+    with pytest.raises(TrainingError, match="--data FOLDER"):
         recipes.train("lite-ddpm-cifar10", device="cpu")
     pixels = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
     (in_tmp / "pictures" / "ship").mkdir(parents=True)
@@ -144,12 +149,12 @@ def test_the_captioner_learns_what_it_is_shown(in_tmp):
         "lite-captioner", "small", steps=60, device="cpu", categories=("gauge", "screw"), per_category=2
     )
     drawings = [synthad.draw(name, f"train/0/{k}") for name in ("gauge", "screw") for k in range(2)]
-    images = (training.to_tensor(np.stack([d.image for d in drawings])) + 1) / 2
+    images = (fit.to_tensor(np.stack([d.image for d in drawings])) + 1) / 2
     assert load_captioner(out, "cpu")(images) == [d.caption for d in drawings]
 
 
 def test_an_option_that_a_recipe_does_not_have_is_refused(in_tmp):
-    with pytest.raises(training.TrainingError, match="lite-foundation has no option data"):
+    with pytest.raises(TrainingError, match="lite-foundation has no option data"):
         recipes.train("lite-foundation", device="cpu", data="pictures")
 
 
@@ -188,14 +193,14 @@ def test_dzad_recipe_writes_the_trained_parts_beside_their_base(in_tmp):
 
 
 def test_pictures_of_no_product_are_mixed_in_and_named_on_the_card(in_tmp):
-    here = recipes.__file__.rpartition("/zsad_lib/")[0]
+    here = ROOT
     tiny = {"per_category": 1, "steps": 1, "device": "cpu", "pictures": 16}
     for name, count, options in (
         ("lite-group-a", 6 + 11 + 16, {"autoencoder": f"{here}/checkpoints/lite-foundation"}),
         ("lite-dzad-a", 6 + 16, {}),
     ):
         out = recipes.train(name, "out", **tiny, **options)
-        assert f"; 16 {training.GENERIC}" in (out / "README.md").read_text()
+        assert f"; 16 {pools.GENERIC}" in (out / "README.md").read_text()
         latents = torch.load(next(Path("training").glob(f"{name}*/latents.pt")), weights_only=True)
         assert len(latents["mean"]) == count
 
@@ -209,7 +214,7 @@ def test_the_deepest_levels_attend(levels):
 
 
 def test_vlmdiff_recipe_writes_a_pipeline_with_its_guide(in_tmp):
-    here = recipes.__file__.rpartition("/zsad_lib/")[0]
+    here = ROOT
     models = {"base": f"{here}/checkpoints/lite-foundation", "captioner": f"{here}/checkpoints/lite-captioner"}
     options = {**TINY, **models, "train_on": "synthad", "unet_steps": 1, "vae_steps": 1, "widths": (16, 32, 32)}
     out = recipes.train("vlmdiff", "new", **options)
@@ -226,14 +231,14 @@ def test_vlmdiff_recipe_writes_a_pipeline_with_its_guide(in_tmp):
 
 def test_texts_are_captions_or_empty(in_tmp):
     backbone = load_backbone("lite-foundation", "cpu")
-    texts = guided_training.embed_texts(backbone, ["An image of a bottle", "An image of a screw"])
+    texts = guides.embed_texts(backbone, ["An image of a bottle", "An image of a screw"])
     chosen = torch.arange(400) % 2
     given = texts(chosen, torch.Generator().manual_seed(0))
     with torch.no_grad():
         known = backbone.embed(["", "An image of a bottle", "An image of a screw"])
     which = torch.stack([(given - text).abs().amax((1, 2)) < 1e-5 for text in known]).int().argmax(0)
     assert (which[which > 0] == chosen[which > 0] + 1).all()
-    assert (which == 0).float().mean() == pytest.approx(guided_training.EMPTY, abs=0.07)
+    assert (which == 0).float().mean() == pytest.approx(guides.EMPTY, abs=0.07)
 
 
 @pytest.mark.parametrize(
@@ -254,13 +259,13 @@ def test_guidance_options_that_cannot_work(in_tmp, name, options, message):
 
 def test_captions_of_a_file_are_put_to_their_images(in_tmp):
     Path("said.jsonl").write_text("".join(json.dumps({"id": k, "caption": f"a {k}"}) + "\n" for k in "abc"))
-    assert guided_training.told("said.jsonl", ["c", "a"]) == ["a c", "a a"]
-    with pytest.raises(training.TrainingError, match="no caption for 1 of 2 images: d"):
-        guided_training.told("said.jsonl", ["a", "d"])
-    with pytest.raises(training.TrainingError, match="drawings have no caption file"):
-        guided_training.told("said.jsonl", None)
+    assert guides.told("said.jsonl", ["c", "a"]) == ["a c", "a a"]
+    with pytest.raises(TrainingError, match="no caption for 1 of 2 images: d"):
+        guides.told("said.jsonl", ["a", "d"])
+    with pytest.raises(TrainingError, match="drawings have no caption file"):
+        guides.told("said.jsonl", None)
 
 
 def test_a_base_that_predicts_no_noise_is_refused(in_tmp):
-    with pytest.raises(training.TrainingError, match="predicts v_prediction"):
-        guided_training.denoiser_loss(Path("."), tiny_backbone("v_prediction"), None, None, torch.ones(9))
+    with pytest.raises(TrainingError, match="predicts v_prediction"):
+        guides.denoiser_loss(Path("."), tiny_backbone("v_prediction"), None, None, torch.ones(9))

@@ -10,9 +10,11 @@ import pandas as pd
 import pytest
 import torch
 
-from zsad_lib import plots, report, synthad
+from zsad_lib.errors import RunError
+from zsad_lib.notebook import plots, report
 from zsad_lib.profiles import PROFILES, profile_options
 from zsad_lib.toy import LineModel
+from zsad_lite import synthad
 
 
 def _notebook(path: Path, *cells: str) -> None:
@@ -64,7 +66,7 @@ def test_build_writes_every_exhibit_the_notebooks_and_where_they_come_from(proje
 
 def test_a_failing_notebook_is_named_with_its_error(project):
     _notebook(project / "notebooks/03_tiny.ipynb", "1 / 0")
-    with pytest.raises(report.ReportError, match="03_tiny.ipynb failed .* ZeroDivisionError"):
+    with pytest.raises(RunError, match="03_tiny.ipynb failed .* ZeroDivisionError"):
         report.build(out="artifacts", only="03")
 
 
@@ -95,13 +97,13 @@ def test_a_failure_stops_what_has_not_begun(project, monkeypatch):
     _notebook(project / "notebooks/03_bad.ipynb", "1 / 0")
     for k in range(4, 8):
         _notebook(project / f"notebooks/0{k}_good.ipynb", "x = 1")
-    with pytest.raises(report.ReportError, match="03_bad"):
+    with pytest.raises(RunError, match="03_bad"):
         report.build(out="artifacts")
     assert not (project / "artifacts/notebooks/07_good.html").exists() and "OMP_NUM_THREADS" not in report.os.environ
 
 
 def test_no_such_notebook(project):
-    with pytest.raises(report.ReportError, match="no notebook 07"):
+    with pytest.raises(RunError, match="no notebook 07"):
         report.build(only="07")
 
 

@@ -12,10 +12,13 @@ import pytest
 import torch
 from PIL import Image
 
-from zsad_lib import metrics, scoring
-from zsad_lib.datasets import load_dataset, load_masks
+from zsad_lib.data.datasets import load_dataset
+from zsad_lib.data.images import load_masks
+from zsad_lib.errors import RunError
+from zsad_lib.evaluation import metrics, runs, tables
+from zsad_lib.evaluation.runs import load_results, run_folder, score
+from zsad_lib.evaluation.tables import compare, evaluate_run
 from zsad_lib.methods import Scores, make_method
-from zsad_lib.scoring import ScoringError, compare, evaluate_results, load_results, run_folder, score
 
 SIZE = 12
 
@@ -147,7 +150,7 @@ def test_killed_run_repeats_one_batch_at_most_and_ends_with_the_same_numbers(tre
     before = batches(log)
     folder = run_folder(tree, Fake(), out)
     assert len(list(folder.glob("batch-*.npz"))) == 2
-    with pytest.raises(ScoringError, match="not finished: 16 of 24"):
+    with pytest.raises(RunError, match="not finished: 16 of 24"):
         load_results(folder)
 
     resumed = score(tree, Fake(log), out, batch_size=4, progress=False)
@@ -162,7 +165,7 @@ def test_second_process_is_told_who_is_at_work(tree, tmp_path):
     process = worker(tree, log, out, stuck_in=1)
     try:
         wait_for(lambda: log.exists() and batches(log), process)
-        with pytest.raises(ScoringError, match=f"process {process.pid} is scoring"):
+        with pytest.raises(RunError, match=f"process {process.pid} is scoring"):
             score(tree, Fake(), out, progress=False)
     finally:
         process.kill()
@@ -184,7 +187,7 @@ def test_damaged_batch_is_scored_again(tree, tmp_path, damage):
         middle = len(content) // 2
         flipped = content[:middle] + bytes([content[middle] ^ 255]) + content[middle + 1 :]
         path.write_bytes({"truncated": content[:middle], "flipped": flipped, "empty": b""}[damage])
-    with pytest.raises(ScoringError, match="not finished" if damage == "gone" else "damaged"):
+    with pytest.raises(RunError, match="not finished" if damage == "gone" else "damaged"):
         load_results(whole.folder)
     calls = batches(log)
     assert same(whole, score(tree, Fake(log), tmp_path / "runs", batch_size=6, progress=False))
@@ -221,7 +224,7 @@ def test_left_over_half_written_file_is_removed(tree, tmp_path):
 def test_folder_of_another_run_is_never_reused(tree, tmp_path):
     folder = score(tree, Fake(), tmp_path, progress=False).folder
     folder.rename(run_folder(tree, Fake(depth=1), tmp_path))
-    with pytest.raises(ScoringError, match="another run"):
+    with pytest.raises(RunError, match="another run"):
         score(tree, Fake(depth=1), tmp_path, progress=False)
 
 
@@ -258,39 +261,39 @@ def with_nan(image, maps):
     ],
 )
 def test_broken_methods_are_named_with_their_images(tree, tmp_path, change, message):
-    with pytest.raises(ScoringError, match=message) as error:
+    with pytest.raises(RunError, match=message) as error:
         score(tree, Broken(change), tmp_path, batch_size=4, progress=False)
     assert "broken" in str(error.value)
     assert not list(tmp_path.glob("*/batch-*")), "a bad batch was kept"
 
 
 def test_nothing_to_score_and_bad_batch_size(tree, tmp_path):
-    with pytest.raises(ScoringError, match="no image"):
-        score(scoring.AnomalyDataset("none", tmp_path, ()), Fake(), tmp_path)
-    with pytest.raises(ScoringError, match="batch_size"):
+    with pytest.raises(RunError, match="no image"):
+        score(runs.AnomalyDataset("none", tmp_path, ()), Fake(), tmp_path)
+    with pytest.raises(RunError, match="batch_size"):
         score(tree, Fake(), tmp_path, batch_size=0)
-    with pytest.raises(ScoringError, match="not a run folder"):
+    with pytest.raises(RunError, match="not a run folder"):
         load_results(tmp_path)
 
 
 def test_a_method_without_maps_has_image_metrics_only(tree, tmp_path):
     results = score(tree, Broken(lambda image, maps: (image, None)), tmp_path, progress=False)
     assert results.maps is None and results.masks is None
-    frame = evaluate_results(results, n_bootstrap=0).set_index(["category", "metric"])
+    frame = evaluate_run(results, n_bootstrap=0).set_index(["category", "metric"])
     assert frame.loc[("mean", "image_auroc"), "value"] == 1
     assert frame.loc[("mean", "pixel_auroc"), "reason"] != ""
 
 
 def test_evaluate_equals_metrics_on_the_arrays(tree, tmp_path):
     results = score(tree, Fake(), tmp_path, progress=False)
-    frame = evaluate_results(results, n_bootstrap=20, seed=1)
+    frame = evaluate_run(results, n_bootstrap=20, seed=1)
     labels = [sample.label for sample in tree.samples]
     masks = load_masks(tree.samples, SIZE).numpy()
     categories = [sample.category for sample in tree.samples]
     scores = results.frame["pred_score"].to_numpy()
-    expected = metrics.evaluate(categories, labels, scores, results.maps, masks, n_bootstrap=20, seed=1)
+    expected = tables.evaluate(categories, labels, scores, results.maps, masks, n_bootstrap=20, seed=1)
     pd.testing.assert_frame_equal(frame, expected)
-    kinds = evaluate_results(results, per_defect=True, n_bootstrap=0)["category"].unique()
+    kinds = evaluate_run(results, per_defect=True, n_bootstrap=0)["category"].unique()
     assert list(kinds) == ["box/spot", "lid/spot", "mean"]
 
 
@@ -299,8 +302,8 @@ def test_images_without_labels_get_scores_but_no_metrics(tree, tmp_path):
     results = score(plain, Fake(), tmp_path, progress=False)
     assert len(pd.read_csv(results.folder / "scores.csv")) == 12
     assert results.maps is not None and results.masks is None
-    with pytest.raises(ScoringError, match="no labels"):
-        evaluate_results(results)
+    with pytest.raises(RunError, match="no labels"):
+        evaluate_run(results)
 
 
 def test_compare_puts_methods_side_by_side(tree, tmp_path):
@@ -329,7 +332,7 @@ def test_compare_explains_what_is_undefined_and_refuses_different_images(tree, t
     assert table.loc["none", "aupro"] == "n/a" and table.loc["maps", "aupro"] != "n/a"
     assert len(table.attrs["notes"]) == 1 and "none" in table.attrs["notes"][0]
     runs["part"] = score(tree.select(limit=2), Fake(), tmp_path, progress=False)
-    with pytest.raises(ScoringError, match="different images"):
+    with pytest.raises(RunError, match="different images"):
         compare(runs, n_bootstrap=0)
 
 
@@ -339,4 +342,4 @@ def test_numbers_of_real_methods_do_not_depend_on_the_batch(tree, tmp_path):
         one = score(tree, method, tmp_path / "one", batch_size=1, progress=False)
         many = score(tree, method, tmp_path / "many", batch_size=24, progress=False)
         np.testing.assert_allclose(one.maps, many.maps, rtol=1e-5, atol=1e-6)
-        assert evaluate_results(one, n_bootstrap=0).query("metric == 'image_auroc'")["value"].notna().all()
+        assert evaluate_run(one, n_bootstrap=0).query("metric == 'image_auroc'")["value"].notna().all()

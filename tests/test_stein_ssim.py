@@ -9,13 +9,15 @@ import torch
 from skimage.metrics import structural_similarity
 from test_pixel_models import tiny_pixel_model, tiny_unet
 
-from zsad_lib import scoring
-from zsad_lib.datasets import load_dataset
-from zsad_lib.image_sets import ImageSet, load_image_set
-from zsad_lib.methods import MethodError, diffpath, stein_ssim
-from zsad_lib.methods.base import image_noise
-from zsad_lib.methods.stein_ssim import Reading, SteinSSIM, extract, readings, ssim
-from zsad_lib.pixel_models import PixelModel
+from zsad_lib.anomaly.ssim import ssim
+from zsad_lib.data.datasets import load_dataset
+from zsad_lib.data.image_sets import ImageSet, load_image_set
+from zsad_lib.diffusion.noise import image_noise
+from zsad_lib.diffusion.pixel import PixelModel
+from zsad_lib.errors import MethodError
+from zsad_lib.evaluation.runs import score
+from zsad_lib.methods import diffpath, stein_ssim
+from zsad_lib.methods.stein_ssim import Reading, SteinSSIM, extract, readings
 
 
 def images(count=5):
@@ -303,9 +305,7 @@ def test_scoring_a_dataset(tmp_path):
         pixels = np.random.default_rng(k).integers(0, 256, (20, 20, 3), np.uint8)
         Image.fromarray(pixels).save(tmp_path / f"{k}.png")
     dataset = load_dataset("folder", tmp_path)
-    results = scoring.score(dataset, SteinSSIM(tiny_pixel_model(), seed=4), tmp_path / "runs", progress=False)
+    results = score(dataset, SteinSSIM(tiny_pixel_model(), seed=4), tmp_path / "runs", progress=False)
     assert results.maps is None and results.run["seed"] == 4 and results.frame["evaluations"].tolist() == [10] * 3
-    alone = scoring.score(
-        dataset, SteinSSIM(tiny_pixel_model(), seed=4), tmp_path / "one", batch_size=1, progress=False
-    )
+    alone = score(dataset, SteinSSIM(tiny_pixel_model(), seed=4), tmp_path / "one", batch_size=1, progress=False)
     np.testing.assert_allclose(alone.frame["pred_score"], results.frame["pred_score"], rtol=1e-4)

@@ -10,9 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from zsad_lib import canvas, metrics, scoring, synthad
-from zsad_lib.datasets import load_dataset, read_mask
+from zsad_lib.data.datasets import load_dataset
+from zsad_lib.data.images import read_mask
+from zsad_lib.evaluation import metrics, runs, tables
 from zsad_lib.methods import make_method
+from zsad_lite import synthad
+from zsad_lite.synthad import canvas
 
 # sha256 of every image and mask of the benchmark, in order: the same on every machine
 BENCHMARK_SHA256 = "fdea071127c864d8479386176a781ad13c9467dca54cd589e8c6e0ec468df4c7"
@@ -26,7 +29,7 @@ def exported(tmp_path_factory):
 def test_the_whole_benchmark_has_the_recorded_bytes(exported):
     digest = hashlib.sha256()
     for category in synthad.CATEGORIES:
-        for split, defect, index, _ in synthad.benchmark(category):
+        for split, defect, index, _ in synthad.layout(category):
             digest.update(np.asarray(Image.open(exported / category / split / defect / f"{index:03d}.png")).tobytes())
             if defect != "good":
                 mask = exported / category / "ground_truth" / defect / f"{index:03d}_mask.png"
@@ -134,8 +137,8 @@ def test_unknown_names_are_refused():
 @pytest.mark.parametrize("name", ["local_contrast", "median", "patch_knn"])
 def test_no_model_baselines_stay_below_080_mean_pixel_auroc(exported, tmp_path, name):
     dataset = load_dataset("synthad", exported)
-    results = scoring.score(dataset, make_method(name), tmp_path, 32, progress=False)
-    table = scoring.evaluate_results(results, n_bootstrap=0)
+    results = runs.score(dataset, make_method(name), tmp_path, 32, progress=False)
+    table = tables.evaluate_run(results, n_bootstrap=0)
     mean = table[(table.category == "mean") & (table.metric == "pixel_auroc")].value.item()
     assert 0.5 < mean < 0.80
     assert metrics.auroc(results.masks, results.maps) < 0.80

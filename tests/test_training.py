@@ -4,7 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from zsad_lib import pictures, synthad, training
+from zsad_lib.errors import TrainingError
+from zsad_lib.training import fit
+from zsad_lite import synthad
+from zsad_lite.synthad import pictures
+from zsad_lite.training import pools
 
 
 def _fit(folder, steps=12, seed=0, stop_after=None, every=4):
@@ -20,7 +24,7 @@ def _fit(folder, steps=12, seed=0, stop_after=None, every=4):
         return (m(x) - x.sum(1, keepdim=True) + 0.1 * torch.randn(8, 1)).square().mean()
 
     folder.mkdir(exist_ok=True)
-    return training.fit("line", model, loss, folder, steps, 1e-1, seed, 0.5, every), len(calls)
+    return fit.fit("line", model, loss, folder, steps, 1e-1, seed, 0.5, every), len(calls)
 
 
 def test_a_run_stopped_and_resumed_ends_with_the_same_weights(tmp_path):
@@ -41,7 +45,7 @@ def test_training_lowers_the_loss_and_depends_on_the_seed(tmp_path):
 
 def test_a_work_folder_of_another_plan_is_refused(tmp_path):
     _fit(tmp_path, steps=4)
-    with pytest.raises(training.TrainingError, match="4 steps with seed 0"):
+    with pytest.raises(TrainingError, match="4 steps with seed 0"):
         _fit(tmp_path, steps=5)
 
 
@@ -49,42 +53,42 @@ def test_training_images_are_none_of_the_benchmarks():
     drawn = {synthad.draw("gauge", f"train/0/{k}").image.tobytes() for k in range(8)}
     test = {
         synthad.draw("gauge", seed).image.tobytes()
-        for _, defect, _, seed in synthad.benchmark("gauge")
+        for _, defect, _, seed in synthad.layout("gauge")
         if defect == "good"
     }
     assert len(drawn) == 8 and not drawn & test
 
 
 def testphotograph_crops_are_pictures_and_repeatable():
-    crops, captions = training.photograph_crops("brick", 0, 3, 64)
-    again, _ = training.photograph_crops("brick", 0, 3, 64)
+    crops, captions = pools.photograph_crops("brick", 0, 3, 64)
+    again, _ = pools.photograph_crops("brick", 0, 3, 64)
     assert crops.shape == (3, 64, 64, 3) and crops.std() > 5
     np.testing.assert_array_equal(crops, again)
     assert captions == ["A photograph of brick"] * 3
 
 
 def test_a_pool_holds_drawings_and_photographs(tmp_path):
-    images, captions = training.draw_pool(tmp_path, ["gauge"], per_category=2, seed=0, photos=1)
-    assert len(images) == len(captions) == 2 + len(training.PHOTOGRAPHS)
+    images, captions = pools.draw_pool(tmp_path, ["gauge"], per_category=2, seed=0, photos=1)
+    assert len(images) == len(captions) == 2 + len(pools.PHOTOGRAPHS)
     assert captions[0].startswith("An image of a gauge, ") and captions[-1].startswith("A photograph of ")
     np.testing.assert_array_equal(images[0], synthad.draw("gauge", "train/0/0").image)
-    stored, _ = training.draw_pool(tmp_path, ["gauge"], per_category=2, seed=0, photos=1)
+    stored, _ = pools.draw_pool(tmp_path, ["gauge"], per_category=2, seed=0, photos=1)
     np.testing.assert_array_equal(images, stored)
 
 
 def test_pictures_of_no_product_have_no_caption(tmp_path):
-    images, captions = training.draw_pool(tmp_path, ["gauge"], per_category=1, seed=3, pictures=17)
+    images, captions = pools.draw_pool(tmp_path, ["gauge"], per_category=1, seed=3, pictures=17)
     assert len(images) == len(captions) == 1 + 16 and captions[1:] == [""] * 16
     assert len({image.tobytes() for image in images}) == 17
     np.testing.assert_array_equal(images[-1], pictures.draw("train/3/7/1"))
 
 
 def test_surfaces_have_no_caption_and_the_average_is_kept_at_chosen_steps(tmp_path):
-    images, captions = training.draw_pool(tmp_path, ["gauge"], per_category=1, seed=3, surfaces=8)
+    images, captions = pools.draw_pool(tmp_path, ["gauge"], per_category=1, seed=3, surfaces=8)
     assert len(images) == 9 and captions[1:] == [""] * 8
     np.testing.assert_array_equal(images[-1], pictures.draw_surface("train/3/7/0", 64))
     torch.manual_seed(0)
     model = torch.nn.Linear(3, 1)
-    last = training.fit("line", model, lambda m, g: m(torch.ones(1, 3)).square().mean(), tmp_path, 4, 0.1, keep=(2, 4))
+    last = fit.fit("line", model, lambda m, g: m(torch.ones(1, 3)).square().mean(), tmp_path, 4, 0.1, keep=(2, 4))
     early, late = (torch.load(tmp_path / f"line-{step}.pt", weights_only=True) for step in (2, 4))
     assert torch.equal(late["weight"], last.weight) and not torch.equal(early["weight"], late["weight"])

@@ -10,12 +10,15 @@ import torch.nn.functional as F
 from test_backbones import tiny_backbone
 from test_guidance import arrays, full_size, gaussian, sd_unet, sd_vae, slice_error, tiny_guided
 
-from zsad_lib import ddim, maps
-from zsad_lib.backbones import Backbone, load_features
-from zsad_lib.guidance import MODES, GuidedModel, SemanticGuide
-from zsad_lib.methods import LOADERS, MethodError, divad, make_method, vlmdiff
+from zsad_lib.anomaly import maps
+from zsad_lib.anomaly.features import load_features
+from zsad_lib.diffusion import ddim
+from zsad_lib.diffusion.guidance import MODES, GuidedModel, SemanticGuide
+from zsad_lib.diffusion.latent import Backbone
+from zsad_lib.errors import MethodError
+from zsad_lib.methods import LOADERS, divad, make_method, vlmdiff
 from zsad_lib.methods.vlmdiff import VLMDiff, start_levels
-from zsad_lib.recipes import build_scheduler
+from zsad_lite.training.recipes import build_scheduler
 
 IDS = ["x/1", "x/2", "y/1"]
 CAPTIONS = dict(zip(IDS, ["a red nut", "a tile", "a nut"], strict=True))

@@ -5,9 +5,9 @@ import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 
-from zsad_lib import weighting
-from zsad_lib.recipes import build_scheduler
-from zsad_lib.weighting import WeightingError
+from zsad_lib.anomaly import weighting
+from zsad_lib.errors import MethodError
+from zsad_lite.training.recipes import build_scheduler
 
 ALPHAS = build_scheduler().alphas_cumprod
 GRID = (1 + 10 * np.arange(100)).reshape(10, 10)
@@ -143,5 +143,5 @@ def test_buckets_split_the_timesteps_in_order():
     ],
 )
 def test_errors(call, message):
-    with pytest.raises(WeightingError, match=message):
+    with pytest.raises(MethodError, match=message):
         call()

@@ -11,6 +11,8 @@ from typing import Annotated
 
 import typer
 
+from zsad_lib.errors import DataError
+
 app = typer.Typer(
     help="Diffusion-based zero-shot anomaly detection: score a dataset, then print the table.",
     no_args_is_help=True,
@@ -22,14 +24,14 @@ data = typer.Typer(help="Datasets: generate, list, check.", no_args_is_help=True
 app.add_typer(data, name="data")
 
 KNOWN_ERRORS = {  # their messages say what to do; a module that is not loaded cannot have raised one
-    "backbones": "BackboneError",
-    "captions": "CaptionError",
-    "datasets": "DatasetError",
-    "manifest": "ManifestError",
+    "backbones": "ModelError",
+    "captions": "DataError",
+    "datasets": "DataError",
+    "manifest": "DataError",
     "methods.base": "MethodError",
     "metrics": "UndefinedMetric",
-    "report": "ReportError",
-    "scoring": "ScoringError",
+    "report": "RunError",
+    "scoring": "RunError",
     "training": "TrainingError",
 }
 
@@ -73,7 +75,7 @@ def data_make(
         from zsad_lib.manifest import dataset_entry
 
         raise typer.BadParameter(f"{name} is not generated. {dataset_entry(name)['fetch'].strip()}")
-    from zsad_lib import synthad
+    from zsad_lite import synthad
 
     synthad.export(out)
     typer.echo(f"synthad is in {out}")
@@ -99,7 +101,9 @@ def data_check(
     """Read every image and mask; name the bad ones and exit with code 1 when there are any."""
     from tqdm.auto import tqdm
 
-    from zsad_lib.datasets import DatasetError, load_dataset, load_masks, read_image
+    from zsad_lib.data.datasets import load_dataset
+    from zsad_lib.data.images import load_masks, read_image
+    from zsad_lib.errors import DataError
 
     dataset, bad = load_dataset(name, root, split=None), []
     for sample in tqdm(dataset.samples, unit="img"):
@@ -107,7 +111,7 @@ def data_check(
             read_image(sample.image_path)
             if sample.mask_path:
                 load_masks([sample], 64)
-        except DatasetError as error:
+        except DataError as error:
             bad.append(str(error))
     typer.echo(f"{name} in {dataset.root}: {len(dataset)} images of {len(dataset.categories)} categories")
     for line in bad:
@@ -136,7 +140,7 @@ def train(
     resume: Annotated[bool, typer.Option(help="Go on from the last saved state.")] = True,
 ) -> None:
     """Train one of the compact models of the lite profile, or semantic guidance (dzad, vlmdiff) on any dataset."""
-    from zsad_lib import recipes
+    from zsad_lite.training import recipes
 
     named = {"out": out, "steps": steps, "data": data, "train_on": train_on}
     given = {key: value for key, value in named.items() if value is not None} | _parse_pairs(options)
@@ -153,7 +157,7 @@ def convert(
     hint: Annotated[str, typer.Option(help="How the guide's images were scaled: imagenet or symmetric.")] = "imagenet",
 ) -> None:
     """Bring the authors' checkpoint into the diffusers layout, safetensors; names what found no place."""
-    from zsad_lib.convert import convert_checkpoint
+    from zsad_lib.diffusion.convert import convert_checkpoint
 
     unplaced = convert_checkpoint(checkpoint, base, out, autoencoder, hint)
     for key in unplaced:
@@ -167,9 +171,9 @@ def measure(
     out: Runs = Path("runs"),
 ) -> None:
     """Measure the compact checkpoints: docs/lite_models.md and the numbers in their model cards."""
-    from zsad_lib import lite_models
+    from zsad_lite.training import measure
 
-    typer.echo(f"written: {lite_models.measure(docs, out)}, and the model cards")
+    typer.echo(f"written: {measure.measure(docs, out)}, and the model cards")
 
 
 @app.command()
@@ -206,8 +210,9 @@ def score(
     controls. A --set counts for every method that has the option, and so do --captions. An interrupted
     command, started again, goes on where it stopped; `zsad evaluate` prints the table.
     """
-    from zsad_lib import methods, profiles, scoring
-    from zsad_lib.datasets import load_dataset
+    from zsad_lib import methods, profiles
+    from zsad_lib.data.datasets import load_dataset
+    from zsad_lib.evaluation.runs import score
 
     if profile not in profiles.PROFILES:
         raise typer.BadParameter(f"no profile {profile!r}; there are: {', '.join(profiles.PROFILES)}")
@@ -220,13 +225,13 @@ def score(
         own = {key: value for key, value in chosen.items() if key in methods.method_options(name)}
         settings = profiles.profile_options(profile, name) | models | own | {"device": device}
         scorer = methods.make_method(name, random_weights=random, **settings)
-        results = scoring.score(images, scorer, out, batch_size or profiles.PROFILES[profile]["batch_size"])
+        results = score(images, scorer, out, batch_size or profiles.PROFILES[profile]["batch_size"])
         seconds = results.run["seconds"] / len(images)
         typer.echo(f"{_label(results.run)}: {len(images)} images, {seconds:.3g} s each, in {results.folder}")
     if labelled:
         typer.echo(f"the table: zsad evaluate --out {out} --dataset {dataset}")
     else:
-        from zsad_lib.plots import save_heatmaps
+        from zsad_lib.notebook.plots import save_heatmaps
 
         typer.echo(f"no labels here, so no table and no controls: the scores are in {results.folder}/scores.csv")
         if results.maps is not None:
@@ -254,7 +259,7 @@ def _read_captions(path: Path | None, plan: list[tuple[str, str | None]]) -> dic
     if not any("captions" in method_options(name) for name, _ in plan):
         readers = [name for name in METHODS if "captions" in method_options(name)]
         raise typer.BadParameter(f"--captions: {plan[0][0]} reads none; these do: {', '.join(readers) or 'none'}")
-    from zsad_lib.captions import read_captions
+    from zsad_lib.data.captions import read_captions
 
     return {"captions": read_captions(path)}
 
@@ -308,13 +313,13 @@ def caption(
     An interrupted command, started again, goes on where it stopped; other selections of a dataset add to its file.
     lite-captioner knows the drawings of synthad and takes no prompt.
     """
-    from zsad_lib import captions
-    from zsad_lib.datasets import load_dataset
+    from zsad_lib.data import captions
+    from zsad_lib.data.datasets import load_dataset
 
     images = load_dataset(dataset, root, category or None, None if split == Split.both else str(split), limit)
     captioner = captions.load_captioner(model, device, revision)
     if prompt is not None and not captioner.prompted:
-        raise captions.CaptionError(f"{captioner.name} takes no prompt: leave --prompt out, or choose another --model")
+        raise DataError(f"{captioner.name} takes no prompt: leave --prompt out, or choose another --model")
     path = out or captions.caption_path(dataset, captioner.name, "custom" if prompt is not None else str(prompt_type))
     text = captions.PROMPTS[prompt_type] if prompt is None else prompt
     said = captions.caption_dataset(images, captioner, path, text, batch_size, overwrite=overwrite)
@@ -345,12 +350,10 @@ def evaluate(
     bootstrap intervals, as columns. Runs over the same images of a dataset stand together."""
     import pandas as pd
 
-    from zsad_lib import scoring
-
     measured, tables, notes = {}, {}, []
     for title, group in _grouped(_load_runs(runs, out, dataset)).items():
-        measured[title] = scoring.measure(group, per_defect=per_defect, variant=str(variant), n_bootstrap=bootstrap)
-        tables[title] = scoring.tabulate(measured[title], per_category=per_category or per_defect)
+        measured[title] = tables.measure(group, per_defect=per_defect, variant=str(variant), n_bootstrap=bootstrap)
+        tables[title] = tables.tabulate(measured[title], per_category=per_category or per_defect)
         notes += tables[title].attrs["notes"]
     if format == "csv":
         numbers = pd.concat(measured, names=["dataset", None]).reset_index("dataset")
@@ -396,7 +399,7 @@ def ood(
     not at hand are left out. As it stands it takes 10 minutes of one CPU core. The tables are also written to --out,
     as aurocs.csv, matrix.md and readings.md.
     """
-    from zsad_lib import ood
+    from zsad_lib.papers import ood
 
     if reading and reading not in ood.all_readings(train):
         raise typer.BadParameter(f"no reading {reading!r}; there are: {'; '.join(ood.all_readings(train))}")
@@ -440,7 +443,8 @@ def dzad(
     """
     from tqdm.auto import tqdm
 
-    from zsad_lib import dzad_tables, profiles
+    from zsad_lib import profiles
+    from zsad_lib.papers import dzad_tables
 
     if profile not in profiles.PROFILES:
         raise typer.BadParameter(f"no profile {profile!r}; there are: {', '.join(profiles.PROFILES)}")
@@ -473,14 +477,15 @@ def report(
     seed: int = 0,
 ) -> None:
     """Regenerate every figure and table, with its provenance."""
-    from zsad_lib import report
+    from zsad_lib.notebook import report
 
     report.build(profile=profile, out=out, only=only, seed=seed)
 
 
 def _load_runs(folders: list[Path] | None, out: Path, dataset: str | None) -> list:
     """Results of the named folders; without any, of the finished and labelled runs in `out`."""
-    from zsad_lib.scoring import ScoringError, load_results, read_run
+    from zsad_lib.errors import RunError
+    from zsad_lib.evaluation.runs import load_results, read_run
 
     found = folders or sorted(path.parent for path in out.glob("*/run.json"))
     loaded = []
@@ -496,7 +501,7 @@ def _load_runs(folders: list[Path] | None, out: Path, dataset: str | None) -> li
             loaded.append(load_results(folder))
     if not loaded:
         where = f"among {len(found)} run folders" if folders else f"in {out}"
-        raise ScoringError(f"no finished run {f'on {dataset} ' if dataset else ''}{where}: `zsad score` first")
+        raise RunError(f"no finished run {f'on {dataset} ' if dataset else ''}{where}: `zsad score` first")
     return loaded
 
 

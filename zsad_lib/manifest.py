@@ -10,14 +10,9 @@ from pathlib import Path
 
 import yaml
 
+from zsad_lib.errors import DataError
+
 SECTIONS = ("datasets", "checkpoints")
-
-
-class ManifestError(KeyError):
-    """The manifest cannot be read, lacks the name asked for, or disagrees with the files."""
-
-    def __str__(self):  # KeyError would show the repr of the message
-        return str(self.args[0])
 
 
 def manifest_path():
@@ -29,31 +24,31 @@ def manifest_path():
 def load_manifest():
     """The manifest as a dict with the sections `datasets` and `checkpoints`, each a dict of entries by name.
 
-    Raises ManifestError when the file is missing, is not YAML, or lacks a section.
+    Raises DataError when the file is missing, is not YAML, or lacks a section.
     """
     path = manifest_path()
     try:
         manifest = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ManifestError(
+        raise DataError(
             f"no manifest at {path}: install from a checkout (pip install -e .), or set ZSAD_MANIFEST to the "
             f"checkout's data_manifest.yaml"
         ) from None
     except yaml.YAMLError as error:
-        raise ManifestError(f"{path} is not valid YAML: {error}") from error
+        raise DataError(f"{path} is not valid YAML: {error}") from error
     for section in SECTIONS:
         if not isinstance(manifest, dict) or not isinstance(manifest.get(section), dict):
-            raise ManifestError(f"{path} has no section `{section}:` with named entries")
+            raise DataError(f"{path} has no section `{section}:` with named entries")
     return manifest
 
 
 def dataset_entry(name):
-    """The manifest's entry (dict) of the dataset `name`; ManifestError lists the known names."""
+    """The manifest's entry (dict) of the dataset `name`; DataError lists the known names."""
     return _entry("datasets", name)
 
 
 def checkpoint_entry(name):
-    """The manifest's entry (dict) of the checkpoint `name`; ManifestError lists the known names."""
+    """The manifest's entry (dict) of the checkpoint `name`; DataError lists the known names."""
     return _entry("checkpoints", name)
 
 
@@ -61,7 +56,7 @@ def _entry(section, name):
     entries = load_manifest()[section]
     if name not in entries:
         known = ", ".join(sorted(entries))
-        raise ManifestError(f"no {section[:-1]} `{name}` in {manifest_path()}; it has: {known}")
+        raise DataError(f"no {section[:-1]} `{name}` in {manifest_path()}; it has: {known}")
     return entries[name]
 
 
@@ -73,11 +68,11 @@ def local_path(entry):
 def _files(folder):
     folder = Path(folder)
     if not folder.is_dir():
-        raise ManifestError(f"no folder at {folder}")
+        raise DataError(f"no folder at {folder}")
     named = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
     visible = sorted(name for name in named if not any(part.startswith(".") for part in name.split("/")))
     if not visible:
-        raise ManifestError(f"{folder} holds no files")
+        raise DataError(f"{folder} holds no files")
     return {name: named[name] for name in visible}
 
 
@@ -104,14 +99,14 @@ def verify(entry, path):
     """Compare a checkpoint folder with its manifest entry's `sha256`.
 
     True when they agree, False when the manifest records no hash (then nothing was checked, and the caller
-    says so). ManifestError when they disagree or the folder is missing or empty.
+    says so). DataError when they disagree or the folder is missing or empty.
     """
     found = folder_hash(path)
     recorded = entry.get("sha256")
     if recorded is None:
         return False
     if found != recorded:
-        raise ManifestError(
+        raise DataError(
             f"{path} is not the checkpoint of the manifest: sha256 {found}, recorded {recorded}. Restore its "
             f"files (git checkout, or a new download); if you meant it: python -m zsad_lib.manifest NAME"
         )
@@ -121,11 +116,11 @@ def verify(entry, path):
 def record(name):
     """Write size and hash of the shipped checkpoint `name` into the manifest; other lines stay as they are.
 
-    Returns both as a dict. Raises ManifestError when the checkpoint has no `path` or its entry lacks a line.
+    Returns both as a dict. Raises DataError when the checkpoint has no `path` or its entry lacks a line.
     """
     folder = local_path(checkpoint_entry(name))
     if folder is None:
-        raise ManifestError(f"checkpoint `{name}` has no `path`: only shipped folders are recorded")
+        raise DataError(f"checkpoint `{name}` has no `path`: only shipped folders are recorded")
     found = {"size_bytes": folder_size(folder), "sha256": folder_hash(folder)}
     path = manifest_path()
     # from this entry's line to the next line that is indented no deeper
@@ -138,7 +133,7 @@ def record(name):
     path.write_text(text[:start] + entry + text[end:], encoding="utf-8")
     if any(checkpoint_entry(name).get(key) != value for key, value in found.items()):
         path.write_text(text, encoding="utf-8")
-        raise ManifestError(f"checkpoint `{name}` in {path} needs a line `size_bytes:` and a line `sha256:`")
+        raise DataError(f"checkpoint `{name}` in {path} needs a line `size_bytes:` and a line `sha256:`")
     return found
 
 

@@ -6,16 +6,18 @@ loader in LOADERS gives.
 
 import inspect
 
-from zsad_lib.backbones import load_backbone, load_features
-from zsad_lib.guidance import load_guided, load_guided_or_plain
-from zsad_lib.methods.base import Method, MethodError, Scores
+from zsad_lib.anomaly.features import load_features
+from zsad_lib.diffusion.guidance import load_guided, load_guided_or_plain
+from zsad_lib.diffusion.latent import load_backbone
+from zsad_lib.diffusion.pixel import load_pixel_model
+from zsad_lib.errors import MethodError
+from zsad_lib.methods.base import Method, Scores
 from zsad_lib.methods.baselines import local_contrast, median, patch_knn
 from zsad_lib.methods.diffpath import DiffPath
 from zsad_lib.methods.divad import DIVAD
 from zsad_lib.methods.dzad import DZAD
 from zsad_lib.methods.stein_ssim import SteinSSIM
 from zsad_lib.methods.vlmdiff import VLMDiff
-from zsad_lib.pixel_models import load_pixel_model
 
 METHODS = {
     "divad": DIVAD,
@@ -50,7 +52,7 @@ def make_method(name, backbone=None, features=None, device="auto", random_weight
     `load_pixel_model`) and `load_features` take (a folder, a checkpoint of the manifest, a hub id), loaded to
     `device`; a method that needs none leaves them aside, so that one call serves all. random_weights is what a
     control row re-initialises: "unet" or "all" of the backbone, or "features". options: the method's own.
-    MethodError lists the names and options there are; BackboneError when loading fails.
+    MethodError lists the names and options there are; ModelError when loading fails.
     """
     accepted = _parameters(name)
     unknown = sorted(set(options) - set(accepted))

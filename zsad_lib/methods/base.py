@@ -1,14 +1,11 @@
 """What every method shares: the form of a result, the noise of an image, the error a user sees."""
 
-import hashlib
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 
-
-class MethodError(ValueError):
-    """A method was asked for by a wrong name, with a wrong option, or with a value that cannot work."""
+from zsad_lib.diffusion.noise import to_host
 
 
 @dataclass
@@ -46,25 +43,6 @@ def check_batch(images, ids, categories):
         raise ValueError(f"images must be [B,3,H,W], not {list(images.shape)}")
     if not len(images) == len(ids) == len(categories):
         raise ValueError(f"{len(images)} images came with {len(ids)} ids and {len(categories)} categories")
-
-
-def image_noise(ids, purpose, seed, shape):
-    """Standard normal noise for each image, float32 [B,*shape] on the CPU.
-
-    Each image draws from its own generator, seeded by (purpose, seed, id): its noise, and so its score, does
-    not depend on the batch it came in, on the order, or on a resumed run.
-    """
-    return torch.stack([torch.randn(shape, generator=_generator(f"{purpose}|{seed}|{i}")) for i in ids])
-
-
-def _generator(text):
-    seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
-    return torch.Generator().manual_seed(seed)
-
-
-def to_host(tensor):
-    """An ordinary float32 copy on the CPU; a tensor made under inference_mode cannot be changed in place."""
-    return tensor.to("cpu", torch.float32, copy=True)
 
 
 def redrawn_scores(image, distance, reconstruction, latent, evaluations):

@@ -10,8 +10,10 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from zsad_lib import maps
-from zsad_lib.methods.base import MethodError, Scores, check_batch, to_host
+from zsad_lib.anomaly import maps
+from zsad_lib.diffusion.noise import to_host
+from zsad_lib.errors import MethodError
+from zsad_lib.methods.base import Scores, check_batch
 
 
 def contrast_map(images, context):

@@ -5,9 +5,11 @@ Mirrors `ddim_reverse_sample_loop` (gaussian_diffusion.py), `save_test_statistic
 
 import torch
 
-from zsad_lib import ddim
-from zsad_lib.methods import typicality
-from zsad_lib.methods.base import MethodError, Scores, to_host
+from zsad_lib.anomaly.density import atypicality, describe, fit_kernel, fit_mixture, reference_set
+from zsad_lib.diffusion import ddim
+from zsad_lib.diffusion.noise import to_host
+from zsad_lib.errors import MethodError
+from zsad_lib.methods.base import Scores
 
 VARIANTS = ("1d", "6d")
 COMPONENTS = (50, 100)  # of the mixture of the 6-D variant
@@ -82,8 +84,8 @@ def fit(reference, variant="6d", components=COMPONENTS, bandwidth=BANDWIDTH, see
     """The density of the reference images' statistics [N,6] or [N,1], as the authors fit it (`typicality`)."""
     _check(variant)
     if variant == "6d":
-        return typicality.fit_mixture(reference, components, seed=seed)
-    return typicality.fit_kernel(reference, bandwidth, standardise=False)
+        return fit_mixture(reference, components, seed=seed)
+    return fit_kernel(reference, bandwidth, standardise=False)
 
 
 def _check(variant):
@@ -125,7 +127,7 @@ class DiffPath:
             "variant": variant,
             "steps": steps,
             "clip": clip,
-            "reference": typicality.describe(reference, count),
+            "reference": describe(reference, count),
             "components": list(components),
             "bandwidth": float(bandwidth),
             "seed": seed,
@@ -144,13 +146,13 @@ class DiffPath:
         if self.reference is None:
             scores = values[:, 0]
         else:
-            scores = torch.from_numpy(typicality.atypicality(self._fitted(), values))
+            scores = torch.from_numpy(atypicality(self._fitted(), values))
         return Scores(to_host(scores), details={"evaluations": torch.full((len(images),), float(self.config["steps"]))})
 
     def _fitted(self):
         if self._density is None:
             described = self.config["reference"]
-            normal = typicality.reference_set(self.reference, described["images"], self.size)
+            normal = reference_set(self.reference, described["images"], self.size)
             values = torch.cat([self.statistics(part) for part in normal.images.split(64)])
             config = self.config
             self._density = fit(values, config["variant"], config["components"], config["bandwidth"], config["seed"])

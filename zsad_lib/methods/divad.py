@@ -5,8 +5,11 @@ Mirrors the authors' `ddim_inversion.py` (reconstruction) and `test.py` (map, im
 
 import torch
 
-from zsad_lib import ddim, maps
-from zsad_lib.methods.base import MethodError, check_batch, image_noise, redrawn_scores
+from zsad_lib.anomaly import maps
+from zsad_lib.diffusion import ddim
+from zsad_lib.diffusion.noise import image_noise
+from zsad_lib.errors import MethodError
+from zsad_lib.methods.base import check_batch, redrawn_scores
 
 PROMPT = "An image of a {category}"
 

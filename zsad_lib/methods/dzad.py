@@ -13,10 +13,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from zsad_lib import ddim, maps, noise_errors, synthad, weighting
-from zsad_lib.datasets import load_dataset, load_images
-from zsad_lib.guidance import GuidedModel
-from zsad_lib.methods.base import MethodError, Scores, check_batch, image_noise, to_host
+from zsad_lib.anomaly import maps, noise_errors, weighting
+from zsad_lib.data.datasets import load_dataset
+from zsad_lib.data.images import load_images
+from zsad_lib.diffusion import ddim
+from zsad_lib.diffusion.guidance import GuidedModel
+from zsad_lib.diffusion.noise import image_noise, to_host
+from zsad_lib.errors import MethodError
+from zsad_lib.methods.base import Scores, check_batch
+from zsad_lite import synthad
 
 DECISIONS = ("class features", "weighted sum", "map maximum")
 MAPS = ("two-branch", "features", "noise errors")

@@ -15,12 +15,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from tqdm.auto import tqdm
 
-from zsad_lib import ddim
-from zsad_lib.methods import typicality
-from zsad_lib.methods.base import MethodError, Scores, image_noise, to_host
+from zsad_lib.anomaly.density import atypicality, describe, fit_kernel, fit_mixture, reference_set
+from zsad_lib.anomaly.ssim import RADIUS, ssim
+from zsad_lib.diffusion import ddim
+from zsad_lib.diffusion.noise import image_noise, to_host
+from zsad_lib.errors import MethodError
+from zsad_lib.methods.base import Scores
 from zsad_lib.methods.diffpath import ddim_timesteps, noise_path, path_powers
 
 ERRORS = ("denoising", "trajectory")
@@ -29,33 +31,6 @@ AMPLIFICATIONS = ("product", "ratio", "none", "joint")
 DECISIONS = ("sum", "typicality")
 DENSITIES = ("gmm", "kde")
 COMPONENTS, FOLDS = (1, 2, 5, 10), 5  # the mixtures that "gmm" chooses from
-SIGMA, RADIUS = 1.5, 5  # the window of Wang et al.: 11 x 11
-
-
-def ssim(x, y, data_range=1.0):
-    """Structural similarity of images x, y [B,C,H,W], float64 [B] in [−1,1]; exactly 1 where they are equal.
-
-    Wang et al., "Image Quality Assessment", 2004: a Gaussian window of 11 x 11 with σ = 1.5, K₁ = 0.01, K₂ = 0.03, the
-    mean over the places where the window fits and over the channels. data_range: the largest difference two values can
-    have. The same as scikit-image's structural_similarity with gaussian_weights=True and use_sample_covariance=False.
-    ValueError when the images are smaller than the window.
-    """
-    if min(x.shape[2:]) <= 2 * RADIUS:
-        raise ValueError(f"SSIM needs images of {2 * RADIUS + 1} px or more, not {list(x.shape[2:])}")
-    x, y = x.double(), y.double()
-    mean_x, mean_y, xx, yy, xy = (_window(values) for values in (x, y, x * x, y * y, x * y))
-    c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
-    similar = (2 * mean_x * mean_y + c1) * (2 * (xy - mean_x * mean_y) + c2)
-    return (similar / ((mean_x**2 + mean_y**2 + c1) * (xx - mean_x**2 + yy - mean_y**2 + c2))).mean((1, 2, 3))
-
-
-def _window(values):
-    """Gaussian means of [B,C,H,W] where the window fits."""
-    places = torch.arange(-RADIUS, RADIUS + 1, dtype=values.dtype, device=values.device)
-    weights = torch.exp(-(places**2) / (2 * SIGMA**2))
-    weights = (weights / weights.sum()).view(1, 1, 1, -1)
-    flat = F.conv2d(F.conv2d(values.flatten(0, 1)[:, None], weights), weights.mT)
-    return flat.view(*values.shape[:2], *flat.shape[2:])
 
 
 # --- one pass over the images
@@ -216,8 +191,8 @@ class Reading:
         """The density of the features of normal images (a dict of `extract`), for the decision "typicality"."""
         values = self.values(reference)
         if self.density == "kde":
-            return typicality.fit_kernel(values)
-        return typicality.fit_mixture(values, COMPONENTS, FOLDS, seed=seed)
+            return fit_kernel(values)
+        return fit_mixture(values, COMPONENTS, FOLDS, seed=seed)
 
     def scores(self, features, density=None):
         """float32 [N], higher is more anomalous; density: what `fit` gave, for the decision "typicality"."""
@@ -226,7 +201,7 @@ class Reading:
             return values.sum(1).astype(np.float32)
         if density is None:
             raise MethodError("decision 'typicality' needs the density of normal images: give what `fit` returns")
-        return typicality.atypicality(density, values).astype(np.float32)
+        return atypicality(density, values).astype(np.float32)
 
 
 def readings(**fixed):
@@ -298,7 +273,7 @@ class SteinSSIM:
             **asdict(self.reading),
             "steps": steps,
             "clip": clip,
-            "reference": typicality.describe(reference, count),
+            "reference": describe(reference, count),
             "seed": seed,
         }
         self._density = None
@@ -312,7 +287,7 @@ class SteinSSIM:
     def _fitted(self):
         if self._density is None and self.reading.decision == "typicality":
             described = self.config["reference"]
-            normal = typicality.reference_set(self.reference, described["images"], self.size)
+            normal = reference_set(self.reference, described["images"], self.size)
             features = extract(self.backbone, normal.images, list(normal.ids), **self.options)
             self._density = self.reading.fit(features, self.config["seed"])
         return self._density

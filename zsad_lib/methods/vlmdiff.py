@@ -12,9 +12,12 @@ from dataclasses import replace
 
 import torch
 
-from zsad_lib import ddim, maps
-from zsad_lib.guidance import GuidanceError, GuidedModel, check_mode
-from zsad_lib.methods.base import MethodError, check_batch, image_noise, redrawn_scores
+from zsad_lib.anomaly import maps
+from zsad_lib.diffusion import ddim
+from zsad_lib.diffusion.guidance import GuidedModel, check_mode
+from zsad_lib.diffusion.noise import image_noise
+from zsad_lib.errors import MethodError, ModelError
+from zsad_lib.methods.base import check_batch, redrawn_scores
 
 STARTS = ("official", "matched")
 NORMALISATIONS = {  # (mean, std) of the images that the autoencoder is given
@@ -119,7 +122,7 @@ class VLMDiff:
         try:
             check_mode(self.model.mode)
             maps.check_comparison(map_size, sigma, pool, mode)
-        except (GuidanceError, ValueError) as error:
+        except (ModelError, ValueError) as error:
             raise MethodError(str(error)) from error
         self.config = {
             "method": self.name,

@@ -1,0 +1,1 @@
+"""What an anomaly is read from: features, maps, noise errors, their weights, densities."""

@@ -1,0 +1,1 @@
+"""Runs of a method over a data set, their metrics and tables."""

@@ -1,0 +1,286 @@
+"""Dataset x method -> results on disk, in batches that survive an interruption at any moment.
+
+A run lives in one folder, named after the dataset, the method and a fingerprint of everything that changes
+the numbers (method configuration, input size, sample ids, labels and file sizes)::
+
+    runs/synthad-divad-1f0c2a9b77/
+        run.json           what was run, on what, with which versions; state: running, interrupted, finished
+        batch-000000.npz   one batch, named by the position in the dataset of its first image
+        scores.csv         one line an image, written at the end
+
+A batch file is complete or absent (written beside, flushed to disk, renamed), so what is missing when the
+same run is started again is exactly what is scored. Ground truth travels with the scores (masks at the map's
+size, as bits): to evaluate a run takes neither the dataset nor the method.
+"""
+
+import hashlib
+import importlib.metadata
+import io
+import json
+import os
+import platform
+import re
+import time
+import zipfile
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import filelock
+import numpy as np
+import pandas as pd
+from tqdm.auto import tqdm
+
+from zsad_lib.data.datasets import AnomalyDataset
+from zsad_lib.data.images import load_images, load_masks
+from zsad_lib.data.readers import Sample
+from zsad_lib.errors import RunError
+from zsad_lib.methods.base import Method
+
+FORMAT = 1  # layout of a run folder; part of the fingerprint
+COLUMN = "column-"  # prefix of the arrays of a batch file that become columns of the frame
+PACKAGES = ("zsad_lib", "torch", "diffusers", "transformers", "numpy")
+
+
+@dataclass
+class Results:
+    """One finished run: N images in dataset order.
+
+    frame: columns id, category, label (0 normal, 1 anomalous, -1 unknown), defect, pred_score (float32), and
+    the method's own numbers of an image, such as "evaluations".
+    maps: float32 [N,H,H], or None when the method gives none; masks: bool [N,H,H], or None without maps or
+    without truth; run: what run.json holds, and "seconds" spent in scoring, loading included.
+    """
+
+    frame: pd.DataFrame
+    maps: np.ndarray | None
+    masks: np.ndarray | None
+    run: dict
+    folder: Path
+
+
+# ---------------------------------------------------------------------------------------------- scoring
+
+
+def score(
+    dataset: AnomalyDataset, method: Method, out: Path | str, batch_size: int = 16, progress: bool = True
+) -> Results:
+    """Score the images of `dataset` into a run folder under `out`; a finished run is returned as it is.
+
+    Images are batched by their position in the dataset, and those with a stored score are left out: a run
+    that was killed and started again repeats at most one batch and ends with the same numbers, and another
+    `batch_size` keeps what is done (it can move a network's last digits). Damaged batch files are dropped
+    and scored again.
+
+    Raises RunError: nothing to score, wrong shapes or NaN from the method (naming the images), another
+    process at work in the same folder, a folder with another run in it; DataError: an unreadable image.
+    """
+    if not len(dataset):
+        raise RunError(f"dataset {dataset.name} has no image to score: loosen the selection")
+    if batch_size < 1:
+        raise RunError(f"batch_size must be 1 or more, not {batch_size}")
+    header = _header(dataset, method)
+    folder = run_folder(dataset, method, out)
+    if read_run(folder, header).get("state") == "finished":
+        try:
+            return load_results(folder)
+        except RunError:
+            pass  # a batch file was lost or damaged since: score it again
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        held = filelock.FileLock(folder / "lock", timeout=0).acquire()
+    except filelock.Timeout:
+        pid = read_run(folder, header).get("pid")
+        raise RunError(f"process {pid} is scoring into {folder}: wait, or choose another --out") from None
+    with held:
+        _fill(folder, header, dataset, method, batch_size, progress)
+    return load_results(folder)
+
+
+def run_folder(dataset: AnomalyDataset, method: Method, out: Path | str) -> Path:
+    """Where `score` keeps its results: out/{dataset}-{method}-{first ten digits of the fingerprint}."""
+    name = re.sub(r"[^\w.+-]+", "_", f"{dataset.name}-{method.name}")
+    return Path(out) / f"{name}-{_header(dataset, method)['fingerprint'][:10]}"
+
+
+def _fill(folder, header, dataset, method, batch_size, progress) -> None:
+    """Score what the folder lacks. The caller holds the folder's lock."""
+    for leftover in folder.glob(".writing-*"):
+        leftover.unlink()
+    before = read_run(folder).get("versions", header["versions"])
+    if before != header["versions"]:  # batches of two installations in one run: keep both on record
+        header = header | {"versions": before, "finished_with": header["versions"]}
+    _write_json(folder / "run.json", header | {"state": "running", "pid": os.getpid()})
+    try:
+        done = _done(folder, {sample.id for sample in dataset.samples})
+        counts = {"total": len(dataset), "initial": len(done), "unit": "img"}
+        with tqdm(desc=folder.name, disable=not progress, **counts) as bar:
+            for first in range(0, len(dataset), batch_size):
+                chunk = range(first, min(first + batch_size, len(dataset)))
+                todo = [i for i in chunk if dataset[i].id not in done]
+                if todo:
+                    arrays, buffer = _score_batch(method, [dataset[i] for i in todo]), io.BytesIO()
+                    np.savez_compressed(buffer, **arrays)
+                    _write_atomic(folder / f"batch-{todo[0]:06d}.npz", buffer.getvalue())
+                    bar.update(len(todo))
+        _write_atomic(folder / "scores.csv", load_results(folder).frame.to_csv(index=False).encode())
+        _write_json(folder / "run.json", header | {"state": "finished"})
+    except BaseException:
+        _write_json(folder / "run.json", header | {"state": "interrupted"})
+        raise
+
+
+def _score_batch(method: Method, samples: Sequence[Sample]) -> dict[str, np.ndarray]:
+    """The arrays of a batch file: ids and columns [B], seconds, map [B,H,H], mask as bits [B,bytes]."""
+    start = time.perf_counter()
+    ids = [sample.id for sample in samples]
+    scores = method.score(load_images(samples, method.size), ids, [sample.category for sample in samples])
+    columns = {name: values for name, values in scores.details.items() if values.ndim == 1}
+    columns["pred_score"] = scores.image
+    arrays = {COLUMN + name: _checked(method, ids, name, values, 1) for name, values in columns.items()}
+    arrays["ids"] = np.array(ids)
+    if scores.map is not None:
+        arrays["map"] = _checked(method, ids, "map", scores.map, 3)
+        if all(sample.label >= 0 for sample in samples):
+            masks = load_masks(samples, arrays["map"].shape[1]).numpy()
+            arrays["mask"] = np.packbits(masks.reshape(len(ids), -1), axis=1)
+    return arrays | {"seconds": np.array(time.perf_counter() - start)}
+
+
+def _checked(method, ids, what, values, dims) -> np.ndarray:
+    """`values` as a float32 array, once it is known to be [B] (dims 1) or [B,H,H] (dims 3) and finite."""
+    array = values.detach().cpu().numpy()
+    if array.ndim != dims or len(array) != len(ids) or (dims == 3 and array.shape[1] != array.shape[2]):
+        raise RunError(
+            f"method {method.name} gave {what} of shape {list(array.shape)} for a batch of {len(ids)}, "
+            f"expected {'[B]' if dims == 1 else '[B,H,H]'}; images: {_listed(ids)}"
+        )
+    finite = np.isfinite(array.reshape(len(ids), -1)).all(axis=1)
+    if not finite.all():
+        bad = [name for name, good in zip(ids, finite, strict=True) if not good]
+        raise RunError(f"method {method.name} gave NaN or infinity in {what} for {_listed(bad)}")
+    return array.astype(np.float32)
+
+
+def _listed(ids: Sequence[str], most: int = 5) -> str:
+    return ", ".join(ids[:most]) + (f" and {len(ids) - most} more" if len(ids) > most else "")
+
+
+# ------------------------------------------------------------------------------------------- evaluating
+
+
+# --------------------------------------------------------------------------------------- the run folder
+
+
+def load_results(folder: Path | str) -> Results:
+    """Read a run folder. Raises RunError when it is none, is not finished, or has lost a batch."""
+    folder = Path(folder)
+    run = read_run(folder)
+    if not run:
+        raise RunError(f"{folder} is not a run folder (no run.json): `zsad score` makes them")
+    frame = pd.DataFrame(run["samples"], columns=["id", "category", "label", "defect"])
+    position = {name: i for i, name in enumerate(frame["id"])}
+    stacks, seconds = {COLUMN + "pred_score": np.full(len(frame), np.nan, np.float32)}, 0.0
+    for path in sorted(folder.glob("batch-*.npz")):
+        arrays = _read_batch(path, position)
+        if arrays is None:
+            raise RunError(f"{path} is damaged: run the same `zsad score` again to redo that batch")
+        seconds += float(arrays.pop("seconds"))
+        rows = [position[name] for name in arrays.pop("ids")]
+        for key, values in arrays.items():
+            if key not in stacks:
+                empty = 0 if key == "mask" else np.nan
+                stacks[key] = np.full((len(frame), *values.shape[1:]), empty, values.dtype)
+            if stacks[key].shape[1:] != values.shape[1:]:
+                raise RunError(f"{path} differs from the others in the shape of {key}: delete {folder}")
+            stacks[key][rows] = values
+    missing = int(np.isnan(stacks[COLUMN + "pred_score"]).sum())
+    if missing:
+        raise RunError(
+            f"{folder} is not finished: {missing} of {len(frame)} images have no score. "
+            "Run the same `zsad score` again to finish it"
+        )
+    maps, masks = stacks.pop("map", None), stacks.pop("mask", None)
+    if masks is not None:
+        side = maps.shape[1]
+        masks = np.unpackbits(masks, axis=1, count=side * side).reshape(maps.shape).astype(bool)
+    frame = frame.assign(**{key.removeprefix(COLUMN): values for key, values in stacks.items()})
+    return Results(frame, maps, masks, run | {"seconds": seconds}, folder)
+
+
+def _done(folder: Path, ids: set[str]) -> set[str]:
+    """Ids with a stored score; damaged batch files are removed on the way."""
+    done = set()
+    for path in sorted(folder.glob("batch-*.npz")):
+        arrays = _read_batch(path, ids)
+        if arrays is None:
+            path.unlink()
+        else:
+            done.update(arrays["ids"].tolist())
+    return done
+
+
+def _read_batch(path: Path, ids) -> dict[str, np.ndarray] | None:
+    """The arrays of a batch file, or None when it is damaged (the zip checksums cover all of them)."""
+    try:
+        with np.load(path) as data:
+            arrays = {key: data[key] for key in data.files}
+        lengths = {len(values) for key, values in arrays.items() if key != "seconds"}
+        whole = {"ids", "seconds", COLUMN + "pred_score"} <= set(arrays) and len(lengths) == 1
+        return arrays if whole and all(name in ids for name in arrays["ids"]) else None
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error):
+        return None
+
+
+def _header(dataset: AnomalyDataset, method: Method) -> dict:
+    """The part of run.json that says what is run; "fingerprint" covers all that changes the numbers."""
+    identity = {"format": FORMAT, "dataset": dataset.name, "method": method.name, "size": method.size}
+    identity["config"] = method.config
+    samples = [[s.id, s.category, s.label, s.defect] for s in dataset.samples]
+    files = [[p and p.stat().st_size for p in (s.image_path, s.mask_path)] for s in dataset.samples]
+    text = json.dumps([identity, samples, files], sort_keys=True)
+    return identity | {
+        "seed": method.config.get("seed"),
+        "fingerprint": hashlib.sha256(text.encode()).hexdigest(),
+        "versions": _versions(),
+        "samples": samples,
+    }
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue  # a checkout that is on the path without being installed
+    return found
+
+
+def read_run(folder: Path, header: dict | None = None) -> dict:
+    """run.json as a dict, or {} when there is none; with `header` it must be of the same run."""
+    path = folder / "run.json"
+    if not path.is_file():
+        return {}
+    try:
+        run = json.loads(path.read_text())
+    except ValueError:
+        raise RunError(f"{path} is not JSON: delete {folder} and score again") from None
+    if header and run.get("fingerprint") != header["fingerprint"]:
+        raise RunError(f"{folder} holds another run, by its run.json: delete it or choose another --out")
+    return run
+
+
+def _write_json(path: Path, content: dict) -> None:
+    _write_atomic(path, json.dumps(content, indent=1).encode())
+
+
+def _write_atomic(path: Path, content: bytes) -> None:
+    """All of `content` under `path`, or nothing, even when the machine stops half way."""
+    temporary = path.with_name(f".writing-{path.name}")
+    with open(temporary, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)

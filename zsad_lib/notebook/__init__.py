@@ -1,0 +1,1 @@
+"""Pictures, controls and the report."""

@@ -1,0 +1,1 @@
+"""The papers' tables and figures, what is measured beside what is printed."""

@@ -1,0 +1,325 @@
+"""One base model against every other distribution: in-distribution set × other set × base, DiffPath beside it.
+
+The question of the image-level papers (`methods.stein_ssim`, `methods.diffpath`): a model that was trained on neither
+set, and is never retrained, tells images of one from images of the other. Each image passes the network once; the
+features are kept, and every reading is computed from them.
+"""
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from zsad_lib.data.image_sets import available, load_image_set
+from zsad_lib.diffusion.pixel import load_pixel_model
+from zsad_lib.errors import DataError
+from zsad_lib.evaluation import metrics, tables
+from zsad_lib.methods import diffpath, stein_ssim
+
+BASES = ("lite-ddpm-synthad", "lite-ddpm-cifar10")
+INS = ("synthad", "cifar10", "photographs")
+OUTS = ("synthad", "cifar10", "photographs", "faces", "magnetic_tile", "digits", "constant", "noise")
+CHOSEN_ON = ("synthad", "cifar10")  # the in-distribution sets that chose the default reading; the others did not
+CONTROL = " (random U-Net)"
+COLUMNS = ["base", "in", "out", "reading", "evaluations", "value", "low", "high", "n_in", "n_out"]
+
+
+# --- readings
+
+
+@dataclass(frozen=True)
+class PathReading:
+    """DiffPath with the interface of `stein_ssim.Reading`, from the same features.
+
+    variant: see `diffpath.path_statistics`. components: the mixtures that "6d" chooses from; the authors' COMPONENTS
+    want 112 reference images or more.
+    """
+
+    variant: str = "6d"
+    components: tuple[int, ...] = diffpath.COMPONENTS
+
+    def fit(self, reference, seed=0):
+        """The density of the reference's statistics, as the authors fit it."""
+        return diffpath.fit(self._values(reference), self.variant, self.components, seed=seed)
+
+    def scores(self, features, density):
+        """float64 [N], higher is more anomalous."""
+        return density.atypicality(density, self._values(features))
+
+    def _values(self, features):
+        powers = features["noise_powers"], features["change_powers"]
+        return diffpath.path_statistics(*powers, self.variant).numpy()
+
+
+def label(reading):
+    """A reading in words: "trajectory error / SSIM, score, kde"; "sum" or the density says how it decides."""
+    if isinstance(reading, PathReading):
+        small = "" if reading.variant == "1d" or max(reading.components) >= 50 else " (small mixtures)"
+        return f"DiffPath-{reading.variant.upper()}{small}"
+    what = {"product": " × (1 − SSIM)", "ratio": " / SSIM", "none": " alone", "joint": " and SSIM"}
+    decision = "sum" if reading.decision == "sum" else reading.density
+    return f"{reading.error}{what[reading.amplification]}, {reading.scale}, {decision}"
+
+
+def distinct_readings(**fixed):
+    """`stein_ssim.readings`, less those that give the scores of another one.
+
+    The scale of a denoising error is one factor a timestep, which standardising removes again: only a sum sees it.
+    """
+    return [r for r in stein_ssim.readings(**fixed) if not (_scale_is_moot(r) and r.scale == "score")]
+
+
+def _scale_is_moot(reading):
+    return reading.error == "denoising" and reading.decision == "typicality"
+
+
+def labelled(readings):
+    """{label: reading}, in the order given."""
+    return {label(reading): reading for reading in readings}
+
+
+def all_readings(reference_images, **fixed):
+    """{label: reading}: the distinct readings, DiffPath-1D, and 6D with the authors' mixtures where they can be fitted.
+
+    reference_images: how many images the densities are fitted on; fixed: see `stein_ssim.readings`.
+    """
+    paths = [PathReading("1d"), PathReading("6d", stein_ssim.COMPONENTS)]
+    if reference_images - -(-reference_images // 10) >= max(diffpath.COMPONENTS):
+        paths.append(PathReading("6d"))
+    return labelled([*distinct_readings(**fixed), *paths])
+
+
+# --- features
+
+
+def collect(model, sets, split, count, runs, steps=10, seed=0, progress=False):
+    """{name: features of `stein_ssim.extract`} of at most `count` images of each set, kept in files below `runs`.
+
+    The folder's name holds the model and a digest of its weights and of the options; what is there is read, so that an
+    interrupted call goes on at the set it was at.
+    """
+    digest = hashlib.sha256(json.dumps([model.config, steps, seed], sort_keys=True).encode()).hexdigest()[:8]
+    folder = Path(runs) / re.sub(r"[^\w.-]+", "-", f"{Path(model.name).name} {digest}")
+    features = {}
+    for name in sets:
+        images = load_image_set(name, split, count, model.image_size)
+        path = folder / f"{name}-{split}-{count}.npz"
+        features[name] = stein_ssim.features_of(path, model, images, progress=progress, steps=steps, seed=seed)
+    return features
+
+
+def at_steps(features, chosen):
+    """The features at the chosen timesteps alone (their numbers, from 0), for an ablation; ids and settings stay.
+
+    A trajectory has one change less than timesteps: change k leads from timestep k to k + 1.
+    """
+    per_step = {key: values for key, values in features.items() if values.ndim > 1}
+    return features | {key: v[:, [k for k in chosen if k < v.shape[1]]] for key, v in per_step.items()}
+
+
+def first_images(features, count):
+    """The features of the first `count` images alone, for an ablation; the settings stay."""
+    return {key: values[:count] if values.ndim else values for key, values in features.items()}
+
+
+# --- the numbers
+
+
+def score_sets(reference, sets, reading, seed=0):
+    """{name: scores [N], higher is more anomalous} of sets {name: features}.
+
+    reference: the features that a density is fitted on, and nothing else; a reading whose decision is "sum" takes none.
+    """
+    density = None if getattr(reading, "decision", None) == "sum" else reading.fit(reference, seed)
+    return {name: reading.scores(features, density) for name, features in sets.items()}
+
+
+def separation(usual, other):
+    """AUROC, a fraction, of telling the scores `other` [M] from the scores `usual` [N]; below 0.5, `other` is lower."""
+    scores = np.concatenate([usual, other]).astype(np.float64)
+    return metrics.auroc([0] * len(usual) + [1] * len(other), scores)
+
+
+def measure(train, test, readings, outs=OUTS, n_bootstrap=200, seed=0):
+    """AUROCs of one base model, and 95 % bootstrap intervals over the images.
+
+    train, test: {set: features}, of `collect`; every set in train is in-distribution in its turn, and its density is
+    fitted there and nowhere else. readings: {label: reading}. Returns a long frame with the columns in, out, reading,
+    evaluations (network calls an image), value, low, high (fractions), n_in, n_out; out "mean" averages the other sets.
+    A set is never set against itself or a part of itself.
+    """
+    rows = []
+    for name, reference in train.items():
+        others = [out for out in outs if out in test and not _overlap(name, out)]
+        for title, reading in readings.items():
+            scores = score_sets(reference, {other: test[other] for other in (name, *others)}, reading, seed)
+            cost = reference["noise_powers"].shape[1]
+            rows += [(name, out, title, cost, *rest) for out, *rest in _aurocs(scores, name, others, n_bootstrap, seed)]
+    return pd.DataFrame(rows, columns=COLUMNS[1:])
+
+
+def measure_bases(train, test, readings, outs=OUTS, n_bootstrap=200, seed=0):
+    """`measure` for each base model, one frame with a further column base. train, test: {base: {set: features}}."""
+    options = {"outs": outs, "n_bootstrap": n_bootstrap, "seed": seed}
+    frames = [measure(sets, test[base], readings, **options).assign(base=base) for base, sets in train.items()]
+    return pd.concat(frames, ignore_index=True)[COLUMNS]
+
+
+def by_timesteps(train, test, reading, parts, outs=OUTS, seed=0):
+    """One reading from parts of the timesteps alone: percent, the mean AUROC over the other sets.
+
+    train, test: as for `measure_bases`; parts: {name: numbers of the timesteps, from 0, as for `at_steps`}. Rows
+    "base: in", a column for each part.
+    """
+    columns = {}
+    for part, steps in parts.items():
+        few = [
+            {base: {name: at_steps(features, steps) for name, features in sets.items()} for base, sets in side.items()}
+            for side in (train, test)
+        ]
+        frame = measure_bases(*few, {"": reading}, outs, n_bootstrap=0, seed=seed)
+        means = frame[frame.out == "mean"]
+        columns[part] = (100 * means.value).set_axis(means.base + ": " + means["in"])
+    return pd.DataFrame(columns)
+
+
+def _overlap(one, other):
+    """Whether one set is the other or a part of it: "synthad-a" is one of "synthad"."""
+    return one == other or one.startswith(f"{other}-") or other.startswith(f"{one}-")
+
+
+def _aurocs(scores, name, others, n_bootstrap, seed):
+    """(out, value, low, high, n_in, n_out) for each other set and "mean"; all share the draws of the normal images."""
+    sets = [name, *others]
+    defects = np.repeat(sets, [len(scores[s]) for s in sets])
+    values = np.concatenate([scores[s] for s in sets]).astype(np.float64)
+    labels = (defects != name).astype(int)
+    frame = tables.evaluate([name] * len(labels), labels, values, n_bootstrap=n_bootstrap, seed=seed, defects=defects)
+    for row in frame[frame.metric == "image_auroc"].itertuples():
+        yield row.category.rpartition("/")[2], row.value, row.low, row.high, row.n_normal, row.n_anomalous
+
+
+def study(
+    bases=BASES,
+    ins=INS,
+    outs=OUTS,
+    train=200,
+    test=96,
+    runs="runs/ood",
+    readings=None,
+    control=True,
+    steps=10,
+    seed=0,
+    n_bootstrap=200,
+    device="auto",
+    progress=False,
+):
+    """`measure` for every base model (a name or a folder), with a further column base.
+
+    ins, outs: names of image sets; those whose folder is not at hand are left out and named in attrs["left_out"].
+    train, test: images of a set that densities are fitted on, and that are scored. readings: {label: reading} (None:
+    `all_readings`). control: also the first base with random weights. DataError: no set left to compare.
+    """
+    here = [name for name in dict.fromkeys([*ins, *outs]) if name in available()]
+    known, others = [name for name in ins if name in here], [name for name in outs if name in here]
+    if not known or not any(not _overlap(name, other) for name in known for other in others):
+        raise DataError(f"no pair of different sets at hand among in: {', '.join(ins)}; out: {', '.join(outs)}")
+    readings, frames = readings or all_readings(train), []
+    for base, random in [(base, None) for base in bases] + [(base, "unet") for base in bases[:1] if control]:
+        model = load_pixel_model(base, device, random_weights=random)
+        shared = {"runs": runs, "steps": steps, "seed": seed, "progress": progress}
+        fitted, scored = (
+            collect(model, s, *w, **shared) for s, w in ((known, ("train", train)), (here, ("test", test)))
+        )
+        frames.append(measure(fitted, scored, readings, others, n_bootstrap, seed).assign(base=model.name))
+    frame = pd.concat(frames, ignore_index=True)[COLUMNS]
+    frame.attrs = {"left_out": [name for name in dict.fromkeys([*ins, *outs]) if name not in here]}
+    return frame
+
+
+# --- the tables
+
+
+def matrix(frame, reading, cells=True):
+    """In × out × base of one reading of a frame of `study`: rows (base, in), columns the other sets and "mean".
+
+    cells: texts like "97.4 [94.9, 99.3]"; False: the bare percentages.
+    """
+    part = frame[frame.reading == reading]
+    if part.empty:
+        raise ValueError(f"no reading {reading!r}; there are: {'; '.join(dict.fromkeys(frame.reading))}")
+    columns = [out for out in dict.fromkeys(part.out) if out != "mean"] + ["mean"]
+    columns = [out for out in OUTS if out in columns] + [out for out in columns if out not in OUTS]
+    table = _pivot(part, ["base", "in"], "out", cells)
+    order = list(dict.fromkeys(zip(part.base, part["in"], strict=True)))
+    return table.reindex(index=pd.MultiIndex.from_tuples(order, names=["base", "in"]), columns=columns)
+
+
+def compare(frame, cells=True):
+    """Readings as rows, best first; columns: the mean over the other sets of each base and in-distribution set.
+
+    The column "chosen on" is the plain mean over the trained bases and CHOSEN_ON (percent, or all sets where neither is
+    there), "evaluations" the network calls an image.
+    """
+    means = frame[frame.out == "mean"]
+    table = _pivot(means, "reading", ["base", "in"], cells)
+    columns = list(dict.fromkeys(zip(means.base, means["in"], strict=True)))
+    table = table.reindex(columns=pd.MultiIndex.from_tuples(columns, names=["base", "in"]))
+    rank = ranking(frame)
+    table = table.reindex(rank.index)
+    table.columns = [f"{base}: {name}" for base, name in table.columns]
+    table.insert(0, "chosen on", rank if not cells else rank.map("{:.1f}".format))
+    table.insert(1, "evaluations", means.groupby("reading").evaluations.first())
+    return table
+
+
+def overview(frame, trained):
+    """Mean AUROC over the other sets, whole percent: readings as rows, best first; columns "base: in" and "trained".
+
+    trained: the bases whose columns "trained" averages, and by which the rows are sorted.
+    """
+    table = _whole_percent(frame[frame.out == "mean"], "in")
+    averaged = [column for column in table if column.rpartition(": ")[0] in trained]
+    table["trained"] = table[averaged].mean(axis=1).round(0).astype(int)
+    return table.sort_values("trained", ascending=False, kind="stable")
+
+
+def by_set(frame):
+    """AUROC in whole percent: readings as rows and columns "base: out", both in the frame's order, without the mean.
+
+    ValueError when the frame has more than one in-distribution set.
+    """
+    if frame["in"].nunique() != 1:
+        raise ValueError(f"one in-distribution set, please, not {', '.join(frame['in'].unique()) or 'none'}")
+    return _whole_percent(frame[frame.out != "mean"], "out")
+
+
+def ranking(frame):
+    """Percent by reading, best first: mean AUROC over the trained bases and CHOSEN_ON, every pair counting alike."""
+    means = frame[(frame.out == "mean") & ~frame.base.str.endswith(CONTROL)]
+    chosen = means[means["in"].isin(CHOSEN_ON)]
+    means = means if chosen.empty else chosen
+    return (100 * means.groupby("reading").value.mean()).sort_values(ascending=False, kind="stable")
+
+
+def best_allowed(frame):
+    """The label of the best reading that the paper's abstract allows: neither DiffPath nor "and SSIM", our addition."""
+    allowed = [title for title in ranking(frame).index if not title.startswith("DiffPath") and " and SSIM" not in title]
+    if not allowed:
+        raise ValueError("no reading of the paper's is in this frame")
+    return allowed[0]
+
+
+def _whole_percent(frame, by):
+    table = 100 * frame.pivot_table(index="reading", columns=["base", by], values="value", sort=False)
+    return table.set_axis([f"{base}: {name}" for base, name in table.columns], axis=1).round(0).astype(int)
+
+
+def _pivot(frame, index, columns, cells):
+    values = [f"{100 * r.value:.1f} [{100 * r.low:.1f}, {100 * r.high:.1f}]" for r in frame.itertuples()]
+    frame = frame.assign(cell=values if cells else 100 * frame.value)
+    return frame.pivot(index=index, columns=columns, values="cell")

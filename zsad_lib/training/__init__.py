@@ -1,0 +1,1 @@
+"""The papers' own training: semantic guides on any data set."""

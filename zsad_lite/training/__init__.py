@@ -1,0 +1,1 @@
+"""Recipes of the compact models, and what each can do."""
