@@ -21,7 +21,7 @@ def test_a_seed_gives_the_same_bytes_in_any_order_and_process():
     assert np.array_equal(first, again)
     digest = hashlib.sha256(np.stack(first).tobytes()).hexdigest()
     program = (
-        "import hashlib; from zsad_lib import pictures; h = hashlib.sha256()\n"
+        "import hashlib; from zsad_lite.synthad import pictures; h = hashlib.sha256()\n"
         "for k in range(12): h.update(pictures.draw(f'test/{k}').tobytes())\n"
         "print(h.hexdigest())"
     )
@@ -54,4 +54,4 @@ def test_they_are_made_without_the_products():
     tree = ast.parse(Path(pictures.__file__).read_text())
     imported = {n.module if isinstance(n, ast.ImportFrom) else n.names[0].name for n in ast.walk(tree)
                 if isinstance(n, (ast.Import, ast.ImportFrom))}  # fmt: skip
-    assert imported == {"numpy", "zsad_lib.canvas"}
+    assert imported == {"numpy", "zsad_lite.synthad.canvas"}

@@ -12,10 +12,11 @@ from PIL import Image
 
 from zsad_lib.data.datasets import load_dataset
 from zsad_lib.data.images import read_mask
+from zsad_lib.errors import DataError
 from zsad_lib.evaluation import metrics, runs, tables
 from zsad_lib.methods import make_method
 from zsad_lite import synthad
-from zsad_lite.synthad import canvas
+from zsad_lite.synthad import benchmark, canvas
 
 # sha256 of every image and mask of the benchmark, in order: the same on every machine
 BENCHMARK_SHA256 = "fdea071127c864d8479386176a781ad13c9467dca54cd589e8c6e0ec468df4c7"
@@ -40,7 +41,7 @@ def test_the_whole_benchmark_has_the_recorded_bytes(exported):
 def test_the_drawing_code_uses_only_operations_that_ieee_754_fixes():
     banned = {"sin", "cos", "tan", "exp", "log", "power", "hypot", "arctan2", "sum", "mean", "dot", "matmul", "normal",
               "standard_normal", "einsum", "std", "tanh"}  # fmt: skip
-    for module in ("canvas", "scenes", "synthad"):
+    for module in ("canvas", "scene", "textures", "objects", "defects", "benchmark"):
         tree = ast.parse((Path(synthad.__file__).parent / f"{module}.py").read_text())
         used = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
         assert not used & banned, module
@@ -60,7 +61,7 @@ def test_two_groups_of_six_with_textures_and_objects():
     assert not set(synthad.GROUPS["A"]) & set(synthad.GROUPS["B"])
     for group in synthad.GROUPS.values():
         assert {synthad.CATEGORIES[name].kind for name in group} == {"texture", "object"}
-    assert len(synthad.DEFECTS) >= 6
+    assert len(synthad.DEFECTS) == 7
 
 
 @pytest.mark.parametrize("category", synthad.CATEGORIES)
@@ -108,29 +109,29 @@ def test_export_is_mvtec_layout_with_captions_and_survives_being_called_twice(ex
 
 def test_export_refuses_a_folder_of_something_else(tmp_path):
     (tmp_path / "photos").mkdir()
-    with pytest.raises(FileExistsError, match="is not synthad"):
+    with pytest.raises(DataError, match="photos"):
         synthad.export(tmp_path / "photos")
 
 
 def test_an_interrupted_export_leaves_no_benchmark(tmp_path, monkeypatch):
     real, calls = synthad.draw, []
 
-    def failing(*args, **kwargs):
+    def failing(*args):
         calls.append(args)
         if len(calls) > 5:
             raise KeyboardInterrupt
-        return real(*args, **kwargs)
+        return real(*args)
 
-    monkeypatch.setattr(synthad, "draw", failing)
+    monkeypatch.setattr(benchmark, "draw", failing)
     with pytest.raises(KeyboardInterrupt):
         synthad.export(tmp_path / "synthad")
     assert not (tmp_path / "synthad").exists()
 
 
 def test_unknown_names_are_refused():
-    with pytest.raises(ValueError, match="woven_fabric"):
+    with pytest.raises(DataError, match="teapot"):
         synthad.draw("teapot", "0")
-    with pytest.raises(ValueError, match="scratch"):
+    with pytest.raises(DataError, match="bent"):
         synthad.draw("gauge", "0", "bent")
 
 

@@ -1,6 +1,6 @@
 """synthad: a procedural benchmark of twelve inspection categories, seven kinds of defect and exact masks.
 
-The same seed gives the same bytes on every machine (see ``canvas``). Group A and group B play the parts that
+The same seed gives the same bytes on every machine (see `canvas`). Group A and group B play the parts that
 VisA and MVTec AD play in DZAD's cross protocol: train on one, test on the other. Training images are drawn with
 seeds that start with "train"; the benchmark's own start with "test", so no model here has seen a test image.
 """
@@ -8,258 +8,112 @@ seeds that start with "train"; the benchmark's own start with "test", so no mode
 import json
 import os
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from scipy import ndimage
 from tqdm.auto import tqdm
 
-from zsad_lite.synthad.canvas import (
-    Canvas,
-    Dice,
-    blend,
-    cover,
-    disc_distance,
-    photograph,
-    segment_distance,
-    value_noise,
-)
-from zsad_lite.synthad.scenes import CATEGORIES, GROUPS, PALETTE, Scene
-
-__all__ = ["CATEGORIES", "DEFECTS", "GROUPS", "Drawing", "draw", "export"]
+from zsad_lib.errors import DataError
+from zsad_lite.synthad import objects, textures
+from zsad_lite.synthad.canvas import Canvas, Dice, photograph
+from zsad_lite.synthad.defects import DEFECTS, damage
+from zsad_lite.synthad.scene import Category
 
 VERSION = 1
-BENCHMARK = {"train": 8, "good": 10, "defects": 3}  # images a category; defects: of each kind
-MASK_THRESHOLD = 0.03  # a pixel is anomalous when the defect changes a channel by more than this
-MASK_AREA = (0.0025, 0.20)  # accepted defect areas, as a fraction of the image
-MASK_CONTRAST = 0.10  # at least a quarter of the mask must change by this much, or the defect is drawn again
+IMAGES = {"train": 8, "good": 10, "defects": 3}  # of each category; defects: of each kind
+
+CATEGORIES = {  # the order counts: in the training pools, in tables
+    category.name: category
+    for category in (
+        Category("woven_fabric", "A", "texture", textures.sample_woven, textures.render_woven),
+        Category("wood", "A", "texture", textures.sample_wood, textures.render_wood),
+        Category("perforated_sheet", "A", "texture", textures.sample_perforated, textures.render_perforated),
+        Category("bottle", "A", "object", objects.sample_bottle, objects.render_bottle),
+        Category("screw", "A", "object", objects.sample_screw, objects.render_parts),
+        Category("circuit_board", "A", "object", objects.sample_board, objects.render_board),
+        Category("tile_floor", "B", "texture", textures.sample_tiles, textures.render_tiles),
+        Category("leather", "B", "texture", textures.sample_leather, textures.render_leather),
+        Category("brushed_metal", "B", "texture", textures.sample_brushed, textures.render_brushed),
+        Category("capsule", "B", "object", objects.sample_capsule, objects.render_capsule),
+        Category("connector", "B", "object", objects.sample_connector, objects.render_parts),
+        Category("gauge", "B", "object", objects.sample_gauge, objects.render_parts),
+    )
+}
+GROUPS = {group: tuple(name for name, c in CATEGORIES.items() if c.group == group) for group in ("A", "B")}
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """image uint8 [S, S, 3]; mask bool [S, S]; words: attribute -> word; caption: one sentence."""
-
-    image: np.ndarray
-    mask: np.ndarray
+    image: np.ndarray  # uint8 [S, S, 3]
+    mask: np.ndarray  # bool [S, S]
     category: str
     defect: str
-    words: dict[str, str]
-    caption: str
-
-
-def caption(category: str, words: dict[str, str]) -> str:
-    """The sentence a captioner should say, e.g. "An image of a bottle, glass green, label cream"."""
-    return f"An image of a {CATEGORIES[category].noun}, " + ", ".join(f"{k} {v}" for k, v in words.items())
-
-
-# --- defects on the surface: painted over the finished picture -------------------------------------------------
-
-
-def _place(d: Dice, region: np.ndarray) -> tuple[float, float]:
-    """A point well inside the region (rejection sampling)."""
-    n = region.shape[0]
-    for _ in range(200):
-        x, y = d.uniform(0.12, 0.88), d.uniform(0.12, 0.88)
-        if region[int(y * n), int(x * n)] > 0.9:
-            break
-    return x, y
-
-
-def _tint(d: Dice, contrast: float) -> np.ndarray:
-    """What a surface defect adds to the colour: darker or lighter, a little coloured."""
-    sign = -1.0 if d.uniform(0, 1) < 0.6 else 1.0
-    return sign * contrast * np.array([d.uniform(0.7, 1.0) for _ in range(3)])
-
-
-def _scratch(d: Dice, c: Canvas, picture, region, size: float, contrast: float) -> None:
-    x, y = _place(d, region)
-    dx, dy = d.uniform(-1, 1), d.uniform(-1, 1)
-    norm = float(np.sqrt(dx * dx + dy * dy)) + 1e-9
-    half = size * d.uniform(0.9, 1.4)
-    dx, dy = dx / norm * half, dy / norm * half
-    bow = d.uniform(-0.15, 0.15)
-    mx, my = x - bow * dy, y + bow * dx
-    near = np.minimum(segment_distance(c, x - dx, y - dy, mx, my), segment_distance(c, mx, my, x + dx, y + dy))
-    alpha = cover(near - d.uniform(0.35, 0.8) * c.pixel, c.pixel) * region
-    blend(picture, alpha, picture + _tint(d, contrast))
-
-
-def _crack(d: Dice, c: Canvas, picture, region, size: float, contrast: float) -> None:
-    x, y = _place(d, region)
-    hx, hy = d.uniform(-1, 1), d.uniform(-1, 1)
-    near = np.full((c.n, c.n), 9.0)
-    for k in range(7):
-        nx, ny = x + (hx + d.uniform(-0.9, 0.9)) * size * 0.3, y + (hy + d.uniform(-0.9, 0.9)) * size * 0.3
-        near = np.minimum(near, segment_distance(c, x, y, nx, ny))
-        if k in (2, 4):
-            bx, by = nx + d.uniform(-0.5, 0.5) * size, ny + d.uniform(-0.5, 0.5) * size
-            near = np.minimum(near, segment_distance(c, nx, ny, bx, by))
-        x, y = nx, ny
-    alpha = cover(near - 0.45 * c.pixel, c.pixel) * region
-    blend(picture, alpha, picture * (1.0 - min(0.9, 1.6 * contrast)) - 0.1 * contrast)
-
-
-def _hole(d: Dice, c: Canvas, picture, region, size: float, contrast: float) -> None:
-    x, y = _place(d, region)
-    ragged = 0.5 * size * (value_noise(d.grid(10, 10), c.x, c.y) - 0.5)
-    gap = disc_distance(c, x, y, 0.35 * size) + ragged
-    alpha = cover(gap, c.pixel) * region
-    depth = np.clip(0.25 + 0.4 * (c.x - x + c.y - y) / size, 0.05, 0.5) + max(0.0, 0.35 - contrast)
-    blend(picture, alpha, depth[:, :, None] * picture)
-
-
-def _stain(d: Dice, c: Canvas, picture, region, size: float, contrast: float) -> None:
-    x, y = _place(d, region)
-    ragged = 1.1 * size * (value_noise(d.grid(7, 7), c.x, c.y) - 0.5)
-    spot = disc_distance(c, x, y, 0.55 * size) + ragged
-    alpha = cover(spot, 5.0 * c.pixel) * region
-    blend(picture, alpha, picture + _tint(d, 0.75 * contrast))
-
-
-SURFACE: dict[str, Callable] = {"scratch": _scratch, "crack": _crack, "hole": _hole, "stain": _stain}
-
-
-# --- defects of structure: edits of the scene, locally normal ---------------------------------------------------
-
-
-def _edit_cells(d: Dice, scene: Scene, kind: str) -> Scene:
-    rows, cols = scene.cells["on"].shape
-    run = d.integer(1, scene.run[1])
-    vertical = d.uniform(0, 1) < 0.5
-    i, j = d.integer(1, max(1, rows - 2)), d.integer(1, max(1, cols - 2))
-    spots = [((i + k) % rows, j) if vertical else (i, (j + k) % cols) for k in range(run)]
-    cells = {k: v.copy() for k, v in scene.cells.items()}
-    dx, dy = (s * d.uniform(0.05, 0.10) for s in (d.choice((-1, 1)), d.choice((-1, 1))))
-    for spot in spots:
-        if kind == "missing":
-            cells["on"][spot] = 0.0
-        elif kind == "misplaced":
-            cells["dx"][spot], cells["dy"][spot] = dx, dy
-        else:
-            cells["tint"][spot] = (cells["tint"][spot] + d.integer(1, len(scene.colours["tints"]) - 1)) % len(
-                scene.colours["tints"])  # fmt: skip
-    return replace(scene, cells=cells)
-
-
-def _differ(one, two) -> bool:
-    return max(abs(a - b) for a, b in zip(one, two, strict=True)) > 0.25
-
-
-def _edit_parts(d: Dice, scene: Scene, kind: str) -> Scene:
-    k = d.choice([k for k, p in enumerate(scene.parts) if p.fault])
-    part = scene.parts[k]
-    if kind == "missing":
-        return replace(scene, parts=scene.parts[:k] + scene.parts[k + 1 :])
-    if kind == "misplaced":
-        reach = 0.5 * min(0.14, max(part.w, part.h) * 0.9) + 0.02
-        dx, dy = d.choice((-1, 1)) * d.uniform(0.4, 1.0) * reach, d.choice((-1, 1)) * d.uniform(0.4, 1.0) * reach
-        changed = replace(part, x=part.x + dx, y=part.y + dy, turns=part.turns + d.choice((0.0, 0.04, -0.04)))
-    else:
-        others = [p.colour for p in scene.parts if _differ(p.colour, part.colour)]
-        others = others or [tone for tone in PALETTE.values() if _differ(tone, part.colour)]
-        changed = replace(part, colour=d.choice(others))
-    return replace(scene, parts=scene.parts[:k] + [changed] + scene.parts[k + 1 :])
-
-
-STRUCTURE = ("missing", "misplaced", "colour")
-DEFECTS = (*SURFACE, *STRUCTURE)
-
-
-# --- one image ---------------------------------------------------------------------------------------------------
-
-
-def _close(mask: np.ndarray) -> np.ndarray:
-    """Fill the pin-holes where defect and normal happen to agree (a 3 x 3 closing)."""
-    return ndimage.binary_closing(np.pad(mask, 1, mode="edge"), np.ones((3, 3)))[1:-1, 1:-1]
-
-
-def _damage(category: str, defect: str, seed: str, canvas: Canvas, scene: Scene, normal, region):
-    """The picture with one defect and its mask; drawn again until the mask is neither tiny, huge nor faint."""
-    for attempt in range(100):
-        d = Dice(f"synthad-{VERSION}/{category}/{seed}/{defect}/{attempt}")
-        if defect in SURFACE:
-            size, contrast = d.choice((0.09, 0.15, 0.24)), d.choice((0.13, 0.22, 0.38))
-            picture = normal.copy()
-            SURFACE[defect](d, canvas, picture, region, size, contrast)
-        else:
-            edit = _edit_parts if scene.parts else _edit_cells
-            picture, _ = CATEGORIES[category].render(canvas, edit(d, scene, defect))
-        change = np.abs(canvas.reduce(picture) - canvas.reduce(normal)).max(axis=2)
-        mask = _close(change > MASK_THRESHOLD)
-        count = int(np.count_nonzero(mask))
-        strong = int(np.count_nonzero(change > MASK_CONTRAST))
-        visible = 4 * strong >= count or attempt >= 50  # a scene may hold no strong contrast: then any will do
-        if visible and MASK_AREA[0] * mask.size < count < MASK_AREA[1] * mask.size:
-            return picture, mask
-    raise RuntimeError(f"synthad could not place a {defect} on {category} with seed {seed!r}")
+    words: dict[str, str]  # attribute -> word
+    caption: str  # what a captioner should say: "An image of a bottle, glass green, label cream"
 
 
 def draw(category: str, seed: str, defect: str = "good", size: int = 64) -> Drawing:
-    """Draw one image.
+    """One image, of a key of CATEGORIES and "good" or one of DEFECTS, `size` pixels wide; the seed is any text.
 
-    category: a key of CATEGORIES; seed: any text; defect: "good" or one of DEFECTS; size: side in pixels.
     The good and the defective image of one seed share everything but the defect.
     """
     if category not in CATEGORIES:
-        raise ValueError(f"unknown synthad category {category!r}; there are: {', '.join(CATEGORIES)}")
-    if defect != "good" and defect not in DEFECTS:
-        raise ValueError(f"unknown synthad defect {defect!r}; there are: good, {', '.join(DEFECTS)}")
-    d = Dice(f"synthad-{VERSION}/{category}/{seed}")
-    scene = CATEGORIES[category].sample(d)
+        raise DataError(f"unknown synthad category {category!r}; there are: {', '.join(CATEGORIES)}")
+    if defect not in ("good", *DEFECTS):
+        raise DataError(f"unknown synthad defect {defect!r}; there are: good, {', '.join(DEFECTS)}")
+    kind, seed = CATEGORIES[category], f"synthad-{VERSION}/{category}/{seed}"
+    d, canvas = Dice(seed), Canvas(size)
+    scene = kind.sample(d)
     light = (d.uniform(0.85, 1.08), d.uniform(-0.22, 0.22), d.uniform(-0.22, 0.22))
     grain = d.uniform(0.008, 0.03)
-    canvas = Canvas(size)
-    normal, region = CATEGORIES[category].render(canvas, scene)
     noise = grain * (d.grid(size, size, 3) + d.grid(size, size, 3) - 1.0)
+    picture, region = kind.render(canvas, scene)
     mask = np.zeros((size, size), dtype=bool)
-    picture = normal
     if defect != "good":
-        picture, mask = _damage(category, defect, seed, canvas, scene, normal, region)
-    image = photograph(canvas, picture, light, noise)
-    return Drawing(image, mask, category, defect, scene.words, caption(category, scene.words))
+        picture, mask = damage(seed, defect, kind, canvas, scene, picture, region)
+    caption = f"An image of a {kind.noun}, " + ", ".join(f"{name} {word}" for name, word in scene.words.items())
+    return Drawing(photograph(canvas, picture, light, noise), mask, category, defect, scene.words, caption)
 
 
-# --- the benchmark on disk -------------------------------------------------------------------------------------------
-
-
-def layout(category: str, counts: dict[str, int] = BENCHMARK):
-    """Yield (split, defect, index, seed) of every image of a category."""
-    for split, count in (("train", counts["train"]), ("test", counts["good"])):
+def layout(category: str) -> Iterator[tuple[str, str, int, str]]:
+    """(split, defect, index, seed) of every image of a category."""
+    for split, count in (("train", IMAGES["train"]), ("test", IMAGES["good"])):
         for index in range(count):
             yield split, "good", index, f"test/{split}/good/{index}"
     for defect in DEFECTS:
-        for index in range(counts["defects"]):
+        for index in range(IMAGES["defects"]):
             yield "test", defect, index, f"test/test/{defect}/{index}"
 
 
-def export(root: str | Path, size: int = 64, categories=None) -> Path:
-    """Write the benchmark in MVTec AD's layout, with ``attributes.jsonl`` (one line an image: file, caption, words).
+def export(root: str | Path, size: int = 64) -> Path:
+    """Write the benchmark in MVTec AD's layout, with `attributes.jsonl` (one line an image: file, caption, words).
 
-    The folder appears only when complete (written beside itself and renamed), so an interrupted export is never
-    mistaken for the benchmark; a complete one is kept. FileExistsError: something else is at ``root``.
+    A complete one is kept. The folder takes its name once complete.
     """
     root = Path(root)
     if (root / "attributes.jsonl").exists():
         return root
     if root.exists():
-        raise FileExistsError(f"{root} exists and is not synthad; choose another folder or delete it")
+        raise DataError(f"{root} exists and is not synthad; choose another folder or delete it")
     partial = root.with_name(f".{root.name}.partial-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
     lines = []
-    for category in tqdm(categories or CATEGORIES, desc="drawing synthad", unit="category"):
+    for category in tqdm(CATEGORIES, desc="drawing synthad", unit="category"):
         for split, defect, index, seed in layout(category):
             drawing = draw(category, seed, defect, size)
-            relative = Path(category) / split / defect / f"{index:03d}.png"
-            (partial / relative).parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(drawing.image).save(partial / relative)
+            file = f"{category}/{split}/{defect}/{index:03d}.png"
+            _save(partial / file, drawing.image)
             if defect != "good":
-                target = partial / category / "ground_truth" / defect / f"{index:03d}_mask.png"
-                target.parent.mkdir(parents=True, exist_ok=True)
-                Image.fromarray(drawing.mask.astype(np.uint8) * 255).save(target)
-            lines.append({"file": relative.as_posix(), "caption": drawing.caption, **drawing.words})
+                _save(partial / category / "ground_truth" / defect / f"{index:03d}_mask.png", drawing.mask)
+            lines.append({"file": file, "caption": drawing.caption, **drawing.words})
     (partial / "attributes.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     os.replace(partial, root)
     return root
+
+
+def _save(path: Path, pixels: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels.astype(np.uint8) * 255 if pixels.dtype == bool else pixels).save(path)
