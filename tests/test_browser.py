@@ -11,7 +11,6 @@ import subprocess
 import sys
 import time
 import urllib.request
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 import nbformat
@@ -19,6 +18,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from conftest import ROOT
 from zsad_lib.notebook import plots, report
 
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
@@ -47,7 +47,7 @@ def browser():
 COLOURS = {"a": (200, 30, 30), "b": (30, 160, 30), "c": (30, 30, 200), "d": (120, 0, 140), "e": (240, 180, 0)}
 NOTEBOOK = f"""
 import matplotlib.pyplot as plt
-from zsad_lib import widgets
+from zsad_lib.notebook import widgets
 
 colours = {COLOURS}
 
@@ -78,7 +78,7 @@ def lab(tmp_path_factory):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     own = {f"JUPYTER_{kind}_DIR": str(home / kind.lower()) for kind in ("CONFIG", "DATA", "RUNTIME")}
-    paths = [str(Path(report.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     own |= {"IPYTHONDIR": str(home / "ipython"), "PYTHONPATH": os.pathsep.join(paths)}
     environment = {**os.environ, **own}
     environment.pop("MPLBACKEND", None)  # the kernel's own, which shows every figure left open

@@ -9,19 +9,10 @@ from importlib import metadata
 
 import pytest
 import yaml
+from test_house import imports
 
 from conftest import ROOT
 
-# Ground floor first. A module may import its own floor and the floors below it, never one above.
-FLOORS = [
-    ["canvas", "scenes", "synthad", "pictures", "metrics", "manifest", "weighting", "toy"],
-    ["datasets", "backbones", "pixel_models", "image_sets", "maps", "ddim", "guidance", "convert"],
-    ["methods", "noise_errors"],
-    ["profiles", "training", "scoring", "captions", "ood", "dzad_tables"],
-    ["guided_training", "recipes", "plots", "widgets"],
-    ["lite_models", "report", "cli"],
-]
-PACKAGE = ROOT / "zsad_lib"
 MEGABYTE = 10**6
 
 
@@ -62,19 +53,6 @@ def tracked_files():
     return [path for path in (ROOT / line for line in listed.splitlines()) if path.is_file()]
 
 
-def imported(tree, package):
-    """Dotted names that a module of `package` (a list of names) imports, inside functions too."""
-    names = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            outer = package[: len(package) - node.level + 1] if node.level else []
-            base = ".".join([*outer, *([node.module] if node.module else [])])
-            names |= {f"{base}.{alias.name}" for alias in node.names}
-    return names
-
-
 # --- packaging
 
 
@@ -83,15 +61,15 @@ def test_every_requirement_is_pinned():
     assert pins()["torch"] == "2.13.0"
 
 
-@pytest.mark.parametrize("folder", ["zsad_lib", "tests"])
+@pytest.mark.parametrize("folder", ["zsad_lib", "zsad_lite", "tests"])
 def test_every_import_is_a_requirement(folder):
     allowed = required(with_tests=folder == "tests")
-    local = {"zsad_lib"} | {path.stem for path in (ROOT / "tests").glob("*.py")}
+    local = {"zsad_lib", "zsad_lite"} | {path.stem for path in (ROOT / "tests").glob("*.py")}
     providers = metadata.packages_distributions()
     unnamed = set()
     for path in (ROOT / folder).rglob("*.py"):
         package = list(path.relative_to(ROOT).parent.parts)
-        names = {name.split(".")[0] for name in imported(ast.parse(path.read_text()), package)}
+        names = {name.split(".")[0] for name in imports(ast.parse(path.read_text()), package)}
         for name in names - local - set(sys.stdlib_module_names):
             if not {normal(dist) for dist in providers.get(name, [])} & allowed:
                 unnamed.add(f"{path.relative_to(ROOT)}: {name}")
@@ -120,50 +98,6 @@ def test_version_and_licence_agree():
     assert citation["license"] == project["license"] == "Apache-2.0"
     assert "Apache License" in (ROOT / "LICENSE").read_text()
     assert len(citation["references"]) == 4
-
-
-# --- floors
-
-
-def imported_rooms(tree, package):
-    """First-level rooms of zsad_lib that a module imports."""
-    return {name.split(".")[1] for name in imported(tree, package) if name.startswith("zsad_lib.")}
-
-
-def floor_of(room):
-    return next((level for level, rooms in enumerate(FLOORS) if room in rooms), None)
-
-
-def test_every_module_has_a_floor():
-    code = [p for p in PACKAGE.iterdir() if p.suffix == ".py" or (p / "__init__.py").exists()]  # not the data
-    rooms = {path.stem for path in code}
-    rooms = {room for room in rooms if not room.startswith("__")}
-    assert not {room for room in rooms if floor_of(room) is None}, "name its floor in tests/test_packaging.py"
-
-
-def test_lower_floors_never_import_higher_ones():
-    seen, upward = set(), []
-    for path in sorted(PACKAGE.rglob("*.py")):
-        parts = ("zsad_lib", *path.relative_to(PACKAGE).with_suffix("").parts)
-        rooms = imported_rooms(ast.parse(path.read_text()), list(parts[:-1]))
-        if parts == ("zsad_lib", "__init__"):
-            assert not rooms, "the package itself stands below every floor"
-            continue
-        for room in rooms:
-            level = floor_of(room)
-            if level is not None:  # a name such as __version__ is no room
-                seen.add((parts[1], room))
-                if level > floor_of(parts[1]):
-                    upward.append(f"{path.relative_to(ROOT)} imports {room}")
-    assert not upward
-    assert ("datasets", "manifest") in seen, "the imports were not found"
-
-
-def test_imports_are_recognised_in_every_form():
-    absolute = ["import zsad_lib.cli", "from zsad_lib import cli", "from zsad_lib.cli import main"]
-    for line in [*absolute, "from . import cli"]:
-        assert imported_rooms(ast.parse(f"def f():\n    {line}\n"), ["zsad_lib"]) == {"cli"}, line
-    assert imported_rooms(ast.parse("from ..ddim import invert"), ["zsad_lib", "methods"]) == {"ddim"}
 
 
 # --- the tree

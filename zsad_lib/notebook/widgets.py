@@ -1,48 +1,47 @@
 """Live controls: a picture that is drawn again whenever a slider or a menu changes."""
 
 import html
+import io
 from collections.abc import Callable, Sequence
 
 import ipywidgets as widgets
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
-from zsad_lib.notebook.plots import png_bytes
+WHOLE_LABEL = {"description_width": "initial"}
 
 
 def slider(label: str, options: Sequence, value=None) -> widgets.SelectionSlider:
     """A slider over given values (timesteps, scales...), dragged or moved with the arrow keys."""
     options = list(options)
-    return widgets.SelectionSlider(
-        options=options, value=options[len(options) // 2] if value is None else value, description=label,
-        continuous_update=True, style={"description_width": "initial"}, layout={"width": "360px"},
-    )  # fmt: skip
+    value = options[len(options) // 2] if value is None else value
+    shown = {"description": label, "style": WHOLE_LABEL, "layout": {"width": "360px"}}
+    return widgets.SelectionSlider(options=options, value=value, continuous_update=True, **shown)
 
 
 def menu(label: str, options: Sequence, value=None) -> widgets.Dropdown:
     options = list(options)
-    return widgets.Dropdown(options=options, value=options[0] if value is None else value, description=label,
-                            style={"description_width": "initial"})  # fmt: skip
+    value = options[0] if value is None else value
+    return widgets.Dropdown(options=options, value=value, description=label, style=WHOLE_LABEL)
 
 
-def text(label: str, suggestions: Sequence[str], value=None) -> widgets.Combobox:
+def text(label: str, suggestions: Sequence[str], value: str | None = None) -> widgets.Combobox:
     """A line to type in, with suggestions; it counts when Enter is pressed, a suggestion picked, or the line left."""
     suggestions = list(suggestions)
-    return widgets.Combobox(options=suggestions, value=suggestions[0] if value is None else value, description=label,
-                            continuous_update=False, ensure_option=False,
-                            style={"description_width": "initial"}, layout={"width": "560px"})  # fmt: skip
+    value = suggestions[0] if value is None else value
+    shown = {"description": label, "style": WHOLE_LABEL, "layout": {"width": "560px"}}
+    return widgets.Combobox(options=suggestions, value=value, continuous_update=False, ensure_option=False, **shown)
 
 
 def live(draw: Callable[..., Figure], **controls: widgets.ValueWidget) -> widgets.VBox:
-    """Controls above the picture ``draw(**values)`` returns. An error in ``draw`` is shown instead of the picture
-    and goes away with the next good value."""
+    """Controls above the picture that ``draw(**values)`` returns, or above its error until the next good value."""
     picture = widgets.Image(format="png", layout={"max_width": "100%", "width": "max-content"})
     message = widgets.HTML()
 
     def update(_change=None):
         open_before = set(plt.get_fignums())
         try:
-            picture.value = png_bytes(draw(**{name: control.value for name, control in controls.items()}))
+            picture.value = _png(draw(**{name: control.value for name, control in controls.items()}))
             message.value, picture.layout.display = "", None
         except Exception as error:
             for number in set(plt.get_fignums()) - open_before:
@@ -54,3 +53,10 @@ def live(draw: Callable[..., Figure], **controls: widgets.ValueWidget) -> widget
         control.observe(update, names="value")
     update()
     return widgets.VBox([widgets.HBox(list(controls.values()), layout={"flex_flow": "row wrap"}), message, picture])
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=80)
+    plt.close(figure)
+    return buffer.getvalue()
