@@ -4,6 +4,7 @@ Every command imports what it needs when it runs, so `zsad --help` answers at on
 """
 
 import json
+import pkgutil
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from zsad_lib.errors import DataError
+from zsad_lib.errors import ZsadError
 
 app = typer.Typer(
     help="Diffusion-based zero-shot anomaly detection: score a dataset, then print the table.",
@@ -22,18 +23,6 @@ app = typer.Typer(
 )
 data = typer.Typer(help="Datasets: generate, list, check.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(data, name="data")
-
-KNOWN_ERRORS = {  # their messages say what to do; a module that is not loaded cannot have raised one
-    "backbones": "ModelError",
-    "captions": "DataError",
-    "datasets": "DataError",
-    "manifest": "DataError",
-    "methods.base": "MethodError",
-    "metrics": "UndefinedMetric",
-    "report": "RunError",
-    "scoring": "RunError",
-    "training": "TrainingError",
-}
 
 Format = StrEnum("Format", ["table", "csv", "markdown", "latex"])
 Variant = StrEnum("Variant", ["exact", "official"])
@@ -47,22 +36,15 @@ Runs = Annotated[Path, typer.Option(help="Folder of the run folders.")]
 
 
 def main() -> None:
-    """Entry point of the console script: errors with a known cause end in one line and exit code 2."""
+    """Entry point of the console script: an error that a user can mend ends in one line and exit code 2."""
     try:
         app()
-    except Exception as error:
-        if not isinstance(error, _known_errors()):
-            raise
+    except ZsadError as error:
         typer.echo(f"zsad: {error}", err=True)
         sys.exit(2)
 
 
-def _known_errors() -> tuple[type[Exception], ...]:
-    loaded = ((sys.modules.get(f"zsad_lib.{room}"), name) for room, name in KNOWN_ERRORS.items())
-    return tuple(getattr(module, name) for module, name in loaded if module)
-
-
-# ------------------------------------------------------------------------------------------------- data
+# --- data
 
 
 @data.command("make")
@@ -71,13 +53,12 @@ def data_make(
     out: Annotated[Path, typer.Option(help="Where to.")] = Path("data/synthad"),
 ) -> None:
     """Generate the procedural dataset; what is there already is kept."""
-    if name != "synthad":
-        from zsad_lib.manifest import dataset_entry
+    from zsad_lib.manifest import dataset_entry
 
-        raise typer.BadParameter(f"{name} is not generated. {dataset_entry(name)['fetch'].strip()}")
-    from zsad_lite import synthad
-
-    synthad.export(out)
+    entry = dataset_entry(name)
+    if "generator" not in entry:
+        raise typer.BadParameter(f"{name} is not generated. {entry['fetch'].strip()}")
+    pkgutil.resolve_name(entry["generator"])(out)
     typer.echo(f"synthad is in {out}")
 
 
@@ -120,7 +101,7 @@ def data_check(
     raise typer.Exit(1 if bad else 0)
 
 
-# --------------------------------------------------------------------------------- training and scoring
+# --- training and scoring
 
 
 @app.command()
@@ -210,24 +191,28 @@ def score(
     controls. A --set counts for every method that has the option, and so do --captions. An interrupted
     command, started again, goes on where it stopped; `zsad evaluate` prints the table.
     """
-    from zsad_lib import methods, profiles
+    from zsad_lib import profiles
     from zsad_lib.data.datasets import load_dataset
-    from zsad_lib.evaluation.runs import score
+    from zsad_lib.evaluation import runs
+    from zsad_lib.evaluation.labels import run_label
 
-    if profile not in profiles.PROFILES:
-        raise typer.BadParameter(f"no profile {profile!r}; there are: {', '.join(profiles.PROFILES)}")
+    settings = profiles.load_profile(profile)
     images = load_dataset(dataset, root, categories=category or None, limit=limit)
     labelled = any(sample.label >= 0 for sample in images.samples)
     plan = _plan(method, only or not labelled, random_weights)
-    chosen = _parse_options(options, [name for name, _ in plan]) | _read_captions(captions, plan)
-    models = {key: value for key, value in (("backbone", backbone), ("features", features)) if value}
-    for name, random in plan:
-        own = {key: value for key, value in chosen.items() if key in methods.method_options(name)}
-        settings = profiles.profile_options(profile, name) | models | own | {"device": device}
-        scorer = methods.make_method(name, random_weights=random, **settings)
-        results = score(images, scorer, out, batch_size or profiles.PROFILES[profile]["batch_size"])
+    known = {name: profiles.options_of(name) for name, _ in plan}
+    chosen = _parse_pairs(options, sorted({key for names in known.values() for key in names}))
+    chosen |= _read_captions(captions, known)
+    chosen |= {key: value for key, value in (("backbone", backbone), ("features", features)) if value}
+
+    def scorers():
+        for name, random in plan:
+            own = {key: value for key, value in chosen.items() if key in (*known[name], "backbone", "features")}
+            yield f"{name}, {random}", profiles.make(profile, name, random, device, **own)
+
+    for results in runs.score_all(images, scorers(), out, batch_size or settings["batch_size"]).values():
         seconds = results.run["seconds"] / len(images)
-        typer.echo(f"{_label(results.run)}: {len(images)} images, {seconds:.3g} s each, in {results.folder}")
+        typer.echo(f"{run_label(results.run)}: {len(images)} images, {seconds:.3g} s each, in {results.folder}")
     if labelled:
         typer.echo(f"the table: zsad evaluate --out {out} --dataset {dataset}")
     else:
@@ -250,29 +235,22 @@ def _plan(method: str, only: bool, random_weights: str | None) -> list[tuple[str
     return plan + [(name, None) for name in BASELINES]
 
 
-def _read_captions(path: Path | None, plan: list[tuple[str, str | None]]) -> dict:
+def _read_captions(path: Path | None, known: dict[str, list[str]]) -> dict:
     """{"captions": {image id: caption}} of a caption file, once some method of the plan reads captions."""
     from zsad_lib.methods import METHODS, method_options
 
     if path is None:
         return {}
-    if not any("captions" in method_options(name) for name, _ in plan):
+    if not any("captions" in options for options in known.values()):
         readers = [name for name in METHODS if "captions" in method_options(name)]
-        raise typer.BadParameter(f"--captions: {plan[0][0]} reads none; these do: {', '.join(readers) or 'none'}")
+        raise typer.BadParameter(f"--captions: {next(iter(known))} reads none; these do: {', '.join(readers)}")
     from zsad_lib.data.captions import read_captions
 
     return {"captions": read_captions(path)}
 
 
-def _parse_options(pairs: list[str], names: list[str]) -> dict:
-    """["start=matched", "sigma=2"] -> {"start": "matched", "sigma": 2}: values are JSON, else text."""
-    from zsad_lib.methods import method_options
-
-    known = sorted({key for name in names for key in method_options(name)})
-    return _parse_pairs(pairs, known)
-
-
 def _parse_pairs(pairs: list[str], known: list[str] | None = None) -> dict:
+    """["start=matched", "sigma=2"] -> {"start": "matched", "sigma": 2}: values are JSON, else text."""
     chosen = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
@@ -319,7 +297,7 @@ def caption(
     images = load_dataset(dataset, root, category or None, None if split == Split.both else str(split), limit)
     captioner = captions.load_captioner(model, device, revision)
     if prompt is not None and not captioner.prompted:
-        raise DataError(f"{captioner.name} takes no prompt: leave --prompt out, or choose another --model")
+        raise typer.BadParameter(f"{captioner.name} takes no prompt: leave --prompt out, or choose another --model")
     path = out or captions.caption_path(dataset, captioner.name, "custom" if prompt is not None else str(prompt_type))
     text = captions.PROMPTS[prompt_type] if prompt is None else prompt
     said = captions.caption_dataset(images, captioner, path, text, batch_size, overwrite=overwrite)
@@ -328,7 +306,7 @@ def caption(
     typer.echo(f"{dataset} by {captioner.name} ({captioner.revision}): {len(said)} captions{note}, in {path}")
 
 
-# ------------------------------------------------------------------------------------ tables and report
+# --- tables and report
 
 
 @app.command()
@@ -350,13 +328,19 @@ def evaluate(
     bootstrap intervals, as columns. Runs over the same images of a dataset stand together."""
     import pandas as pd
 
-    measured, tables, notes = {}, {}, []
-    for title, group in _grouped(_load_runs(runs, out, dataset)).items():
-        measured[title] = tables.measure(group, per_defect=per_defect, variant=str(variant), n_bootstrap=bootstrap)
-        tables[title] = tables.tabulate(measured[title], per_category=per_category or per_defect)
+    from zsad_lib.evaluation.labels import find_runs, grouped
+    from zsad_lib.evaluation.tables import evaluate_runs, tabulate
+
+    loaded, left_out = find_runs(out, dataset, runs)
+    for reason in left_out:
+        typer.echo(f"left out, {reason}", err=True)
+    numbers, tables, notes = {}, {}, []
+    for title, group in grouped(loaded).items():
+        numbers[title] = evaluate_runs(group, per_defect=per_defect, variant=str(variant), n_bootstrap=bootstrap)
+        tables[title] = tabulate(numbers[title], per_category=per_category or per_defect)
         notes += tables[title].attrs["notes"]
     if format == "csv":
-        numbers = pd.concat(measured, names=["dataset", None]).reset_index("dataset")
+        numbers = pd.concat(numbers, names=["dataset", None]).reset_index("dataset")
         typer.echo(numbers.to_csv(index=False), nl=False)
         return
     table = pd.concat(tables, names=["dataset"])
@@ -406,7 +390,7 @@ def ood(
     given = {"bases": base, "ins": known, "outs": others}
     given = {key: value for key, value in given.items() if value}
     counts = {"train": train, "test": test, "control": control, "n_bootstrap": bootstrap, "seed": seed}
-    frame = ood.study(**given, **counts, runs=out, device=device, progress=sys.stderr.isatty())
+    frame = ood.study(**given, **counts, folder=out, device=device, progress=sys.stderr.isatty())
     reading = reading or ood.best_allowed(frame)
     matrix, readings = ood.matrix(frame, reading).fillna(""), ood.compare(frame)
     frame.to_csv(out / "aurocs.csv", index=False)
@@ -446,19 +430,13 @@ def dzad(
     from zsad_lib import profiles
     from zsad_lib.papers import dzad_tables
 
-    if profile not in profiles.PROFILES:
-        raise typer.BadParameter(f"no profile {profile!r}; there are: {', '.join(profiles.PROFILES)}")
-    counts = {
-        "limit": limit,
-        "every": every,
-        "reference_limit": reference_limit,
-        "n_bootstrap": bootstrap,
-        "seed": seed,
-    }
-    progress = tqdm if sys.stderr.isatty() else None
+    profiles.load_profile(profile)
+    drawn = {"n_bootstrap": bootstrap, "seed": seed}
+    chosen = {"limit": limit, "every": every, "reference_limit": reference_limit, "folder": out}
     tables, frame, left_out = dzad_tables.study(
-        profile, target or None, runs=out, device=device, progress=progress, **counts
-    )
+        profiles.crosses(profile, target or None, device), profiles.smoothing(profile), profile, **drawn, **chosen,
+        progress=tqdm if sys.stderr.isatty() else None,
+    )  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
     frame.to_csv(out / "aurocs.csv", index=False)
     typer.echo("AUROC in percent [95 % bootstrap interval], means over categories but in table 1")
@@ -480,70 +458,3 @@ def report(
     from zsad_lib.notebook import report
 
     report.build(profile=profile, out=out, only=only, seed=seed)
-
-
-def _load_runs(folders: list[Path] | None, out: Path, dataset: str | None) -> list:
-    """Results of the named folders; without any, of the finished and labelled runs in `out`."""
-    from zsad_lib.errors import RunError
-    from zsad_lib.evaluation.runs import load_results, read_run
-
-    found = folders or sorted(path.parent for path in out.glob("*/run.json"))
-    loaded = []
-    for folder in found:
-        run = read_run(folder)
-        if run and dataset and run["dataset"] != dataset:
-            continue
-        if not folders and run["state"] != "finished":
-            typer.echo(f"left out, {run['state']}: {folder}", err=True)
-        elif not folders and all(label < 0 for _, _, label, _ in run["samples"]):
-            typer.echo(f"left out, no labels: {folder}", err=True)
-        else:
-            loaded.append(load_results(folder))
-    if not loaded:
-        where = f"among {len(found)} run folders" if folders else f"in {out}"
-        raise RunError(f"no finished run {f'on {dataset} ' if dataset else ''}{where}: `zsad score` first")
-    return loaded
-
-
-def _grouped(runs: list) -> dict:
-    """{title of a set of images: {label: Results}}: only runs over the same images share a table."""
-    from zsad_lib.methods import BASELINES
-
-    sets = {}
-    for results in runs:
-        key = results.run["dataset"], frozenset(results.frame["id"])
-        sets.setdefault(key, []).append(results)
-    groups = {}
-    for (dataset, ids), members in sets.items():
-        title = f"{dataset}, {len(ids)} images"
-        while title in groups:
-            title += "*"
-        members.sort(key=lambda results: (results.run["method"] in BASELINES, _label(results.run)))
-        groups[title] = dict(zip(_labels([results.run for results in members]), members, strict=True))
-    return groups
-
-
-def _label(run: dict) -> str:
-    """The method, and the backbone it stands on."""
-    backbone = run["config"].get("backbone")
-    return f"{run['method']}, {backbone['name']}" if backbone else run["method"]
-
-
-def _labels(runs: list[dict]) -> list[str]:
-    """A different label for every run: `_label`, and the settings in which runs of one label differ."""
-    labels = []
-    for run in runs:
-        same = [_flat(other["config"]) for other in runs if _label(other) == _label(run)]
-        own = _flat(run["config"])
-        differing = [f"{key}={own[key]}" for key in own if any(o.get(key) != own[key] for o in same)]
-        labels.append(", ".join([_label(run), *differing]))
-    pairs = zip(labels, runs, strict=True)
-    return [f"{one} #{run['fingerprint'][:6]}" if labels.count(one) > 1 else one for one, run in pairs]
-
-
-def _flat(config: dict, prefix: str = "") -> dict:
-    """{"a": {"b": 1}} -> {"a.b": 1}"""
-    flat = {}
-    for key, value in config.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat

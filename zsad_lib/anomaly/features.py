@@ -1,14 +1,20 @@
-"""zsad_lib.anomaly.features"""
+"""What images are compared by: layers of a pretrained vision network, of a diffusion U-Net, or bare colours."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 
-from zsad_lib.diffusion.latent import load_backbone
+from zsad_lib.diffusion import ddim
+from zsad_lib.diffusion.latent import Backbone, load_backbone
 from zsad_lib.diffusion.loading import (
+    CONTROL_NAMES,
     RANDOM_SEED,
+    Location,
+    check_control,
     fetch,
     fingerprint,
     locate,
@@ -20,28 +26,27 @@ from zsad_lib.diffusion.loading import (
 from zsad_lib.errors import ModelError
 
 FEATURE_FILES = ("config.json", "preprocessor_config.json")
-
-
 FEATURE_SIZES = {"dino_vits8": 256, "resnet50": 256}  # DIVAD's input, larger than the files' own 224
+KINDS = ("vit", "dinov2", "resnet")
 
 
 @dataclass
 class FeatureExtractor:
     """Callable: images float32 RGB [B,3,H,W] in [0,1] -> list of features [B,C,h,w], one entry a layer.
 
-    It resizes the whole image, never cropping, to size x size (bilinear, antialiased; None: as it is) and
-    normalises it. `config` is JSON-able: what changes the features.
+    It resizes the whole image, never cropping (bilinear, antialiased), and normalises it.
     """
 
-    forward: Callable
+    forward: Callable[[Tensor], list[Tensor]]
     name: str
-    size: int | None
+    size: int | None  # the input in pixels; None: the images as they are
     mean: tuple = (0.0, 0.0, 0.0)
     std: tuple = (1.0, 1.0, 1.0)
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    config: dict = field(default_factory=dict)
+    config: dict = field(default_factory=dict)  # JSON-able: what changes the features
+    control: str | None = None  # what is random: "all", or of a pipeline its "unet"
 
-    def __call__(self, images):
+    def __call__(self, images: Tensor) -> list[Tensor]:
         images = images.to(self.device, torch.float32)
         if self.size is not None and images.shape[-2:] != (self.size, self.size):
             images = F.interpolate(images, (self.size, self.size), mode="bilinear", antialias=True)
@@ -49,91 +54,60 @@ class FeatureExtractor:
         return self.forward((images - mean) / std)
 
 
-def load_features(name_or_path, device="auto", size=None, layers=None, random_weights=None):
-    """Read a transformers vision model (ViT, DINOv2 or ResNet) as a FeatureExtractor.
+def load_features(
+    name_or_path: str | Path,
+    device: str | torch.device = "auto",
+    size: int | None = None,  # the input in pixels; None: 256 for the two short names, else as the files say
+    layers: Sequence[int] | None = None,  # of a ResNet: its stages, 1 to 4; None: the last three
+    random_weights: str | None = None,  # "all": freshly initialised networks, always alike: a control
+) -> FeatureExtractor:
+    """Read a vision model of transformers (ViT, DINOv2 or ResNet), or make features without one.
 
-    `name_or_path`: a local folder, a checkpoint of data_manifest.yaml, a hub id, "dino_vits8", "resnet50",
-    "pixels" (no network: R, G, B and a constant 1, because the cosine of bare colours would not see
-    brightness), "unet:MODEL" (what the U-Net of that pipeline computes, see `_unet_features`), or several
-    joined by "+" ("lite-features+pixels"), which gives the layers of all. A ViT gives its last layer's patch
-    tokens as a grid, CLS dropped; a ResNet the stages named in `layers` (1 to 4; default: the last three).
-    `size`: the input in pixels (default: 256 for the two short names, else what preprocessor_config.json says).
-    `random_weights` "all" re-initialises the networks: a control. ModelError as for `load_backbone`.
+    name_or_path: a folder, a checkpoint of data_manifest.yaml (with "dino_vits8" and "resnet50"), a hub id; "pixels",
+    the bare colours; "unet:MODEL", the decoder of that pipeline's U-Net; or several joined by "+", for the layers of
+    all. A ViT gives its last layer's patch tokens as a grid, CLS dropped.
     """
-    if random_weights not in (None, "all"):
-        raise ModelError(f"random_weights {random_weights!r} of features is unknown; use None or 'all'")
-    device = pick_device(device)
-    if "+" in str(name_or_path):
-        names = str(name_or_path).split("+")
-        return _joined([load_features(name, device, size, layers, random_weights) for name in names], device)
-    if str(name_or_path) == "pixels":
-        config = {"name": "pixels", "size": size}
-        return FeatureExtractor(_pixels, "pixels", size, device=device, config=config)
-    if str(name_or_path).startswith("unet:"):
-        backbone = load_backbone(
-            str(name_or_path).removeprefix("unet:"), device, random_weights=random_weights and "unet"
-        )
-        name, size = f"unet:{backbone.name}", size or backbone.image_size
-        config = {"name": name, "size": size, "weights": fingerprint(backbone.vae, backbone.unet)}
-        return FeatureExtractor(_unet_features(backbone), name, size, device=device, config=config)
-    from transformers import AutoConfig, AutoModel
-    from transformers.utils import cached_file
-
-    where = locate(name_or_path, FEATURE_FILES, "transformers vision model")
-    kind = fetch(where, None, AutoConfig.from_pretrained, trust_remote_code=False).model_type
-    if kind not in ("vit", "dinov2", "resnet"):
-        raise ModelError(f"{where.name} is a {kind!r} model; features come from 'vit', 'dinov2' or 'resnet' models")
-    if kind != "resnet" and layers is not None:
-        raise ModelError(f"{where.name} is a {kind!r} model: its last layer is used, `layers` is for ResNets")
-    options = {"add_pooling_layer": False} if kind == "vit" else {}  # DINO's files have no pooler
-    model = read_weights(where, None, AutoModel, True, dtype=torch.float32, trust_remote_code=False, **options)
-    if random_weights:
-        model = reinitialised(model, type(model), **options)
-    model = model.to(device).eval().requires_grad_(False)
-    own_size, mean, std = preprocessing(fetch(where, None, cached_file, "preprocessor_config.json"))
-    size = size or FEATURE_SIZES.get(where.name) or own_size
-    if kind == "resnet":
-        stages = len(model.config.depths)
-        layers = tuple(layers or range(max(1, stages - 2), stages + 1))
-        if not all(1 <= layer <= stages for layer in layers):
-            raise ModelError(f"{where.name} has stages 1 to {stages}, not {list(layers)}")
-        forward = _resnet_stages(model, layers)
-    else:
-        forward = _patch_tokens(model, kind)
-        if size % model.config.patch_size:
-            raise ModelError(f"{where.name}: input size {size} is no multiple of its patch {model.config.patch_size}")
-    name = where.name + (" (random weights)" if random_weights else "")
-    config = {"name": name, "size": size, "layers": layers and list(layers), "weights": fingerprint(model)}
-    return FeatureExtractor(forward, name, size, mean, std, device, config)
+    check_control(random_weights, (None, "all"))
+    device, name = pick_device(device), str(name_or_path)
+    if "+" in name:
+        return _joined([load_features(part, device, size, layers, random_weights) for part in name.split("+")], device)
+    if name == "pixels":
+        return FeatureExtractor(_pixels, name, size, device=device, config={"name": name, "size": size})
+    if name.startswith("unet:"):
+        model = load_backbone(name.removeprefix("unet:"), device, random_weights=random_weights and "unet")
+        return _unet_features(model, size or model.image_size)
+    return _network_features(locate(name, FEATURE_FILES, "transformers vision model"), device, size, layers, random_weights)
 
 
-def _pixels(images):
+def _pixels(images: Tensor) -> list[Tensor]:
+    """R, G, B and a constant 1: the cosine of bare colours would not see brightness."""
     return [torch.cat([images, torch.ones_like(images[:, :1])], dim=1)]
 
 
-def _joined(parts, device):
+def _joined(parts: list[FeatureExtractor], device: torch.device) -> FeatureExtractor:
     """One extractor that gives the layers of all `parts`."""
-    name = "+".join(part.name for part in parts)
-    config = {"name": name, "parts": [part.config for part in parts]}
+    configs = [part.config for part in parts]
+    return FeatureExtractor(
+        lambda images: [layer for part in parts for layer in part(images)],
+        "+".join(part.name for part in parts),
+        None,
+        device=device,
+        config={"name": "+".join(config["name"] for config in configs), "parts": configs},
+        control=next((part.control for part in parts if part.control), None),
+    )
 
-    def forward(images):
-        return [layer for part in parts for layer in part(images)]
 
-    return FeatureExtractor(forward, name, None, device=device, config=config)
-
-
-def _unet_features(backbone, t=101):
+def _unet_features(backbone: Backbone, size: int, t: int = 101) -> FeatureExtractor:
     """The outputs of all but the last block of the U-Net's decoder, for images noised to timestep t.
 
-    With no text and the same noise for every image (Tang et al., "Emergent Correspondence from Image
-    Diffusion", 2023: DIFT, which averages several noises).
+    With no text and the same noise for every image (Tang et al., "Emergent Correspondence from Image Diffusion", 2023:
+    DIFT, which averages several noises).
     """
     noise = torch.randn(backbone.latent_shape, generator=torch.Generator().manual_seed(RANDOM_SEED))
-    alpha = backbone.alphas_cumprod[t]
 
-    def forward(images):
+    def forward(images: Tensor) -> list[Tensor]:
         z = backbone.encode(images)
-        z = alpha.sqrt() * z + (1 - alpha).sqrt() * noise.to(z)
+        z = ddim.add_noise(z, noise.to(z), backbone.alphas_cumprod[t])
         layers, blocks = [], backbone.unet.up_blocks[:-1]
         hooks = [block.register_forward_hook(lambda _, __, out: layers.append(out.float())) for block in blocks]
         try:
@@ -143,21 +117,61 @@ def _unet_features(backbone, t=101):
                 hook.remove()
         return layers
 
-    return forward
+    weights = fingerprint(backbone.vae, backbone.unet)
+    config = {"name": f"unet:{backbone.label}", "size": size, "weights": weights}
+    name, control = f"unet:{backbone.name}", backbone.control
+    return FeatureExtractor(forward, name, size, device=backbone.device, config=config, control=control)
 
 
-def _resnet_stages(model, layers):
-    def forward(images):
+def _network_features(
+    where: Location, device: torch.device, size: int | None, layers: Sequence[int] | None, random_weights: str | None
+) -> FeatureExtractor:
+    from transformers.utils import cached_file
+
+    model, kind = _read_network(where, random_weights)
+    model = model.to(device).eval().requires_grad_(False)
+    own_size, mean, std = preprocessing(fetch(where, None, cached_file, "preprocessor_config.json"))
+    size = size or FEATURE_SIZES.get(where.name) or own_size
+    if kind == "resnet":
+        stages = len(model.config.depths)
+        layers = list(layers or range(max(1, stages - 2), stages + 1))
+        if not all(1 <= layer <= stages for layer in layers):
+            raise ModelError(f"{where.name} has stages 1 to {stages}, not {layers}")
+        forward = _resnet_stages(model, layers)
+    else:
+        if layers is not None:
+            raise ModelError(f"{where.name} is a {kind!r} model: its last layer is used, `layers` is for ResNets")
+        if size % model.config.patch_size:
+            raise ModelError(f"{where.name}: input size {size} is no multiple of its patch {model.config.patch_size}")
+        forward = _patch_tokens(model, kind)
+    name = where.name + CONTROL_NAMES[random_weights]
+    config = {"name": name, "size": size, "layers": layers, "weights": fingerprint(model)}
+    return FeatureExtractor(forward, where.name, size, mean, std, device, config, random_weights)
+
+
+def _read_network(where: Location, random_weights: str | None) -> tuple[nn.Module, str]:
+    from transformers import AutoConfig, AutoModel
+
+    kind = fetch(where, None, AutoConfig.from_pretrained, trust_remote_code=False).model_type
+    if kind not in KINDS:
+        raise ModelError(f"{where.name} is a {kind!r} model; features come from {KINDS} models")
+    options = {"add_pooling_layer": False} if kind == "vit" else {}  # DINO's files have no pooler
+    model = read_weights(where, None, AutoModel, True, dtype=torch.float32, trust_remote_code=False, **options)
+    return (reinitialised(model, type(model), **options) if random_weights else model), kind
+
+
+def _resnet_stages(model: nn.Module, layers: Sequence[int]) -> Callable[[Tensor], list[Tensor]]:
+    def forward(images: Tensor) -> list[Tensor]:
         states = model(images, output_hidden_states=True).hidden_states  # [0] is the stem
         return [states[layer] for layer in layers]
 
     return forward
 
 
-def _patch_tokens(model, kind):
+def _patch_tokens(model: nn.Module, kind: str) -> Callable[[Tensor], list[Tensor]]:
     options = {"interpolate_pos_encoding": True} if kind == "vit" else {}  # DINOv2 always interpolates
 
-    def forward(images):
+    def forward(images: Tensor) -> list[Tensor]:
         grid = [side // model.config.patch_size for side in images.shape[-2:]]
         tokens = model(images, **options).last_hidden_state[:, 1:]
         return [tokens.transpose(1, 2).unflatten(2, grid)]

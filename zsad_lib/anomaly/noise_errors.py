@@ -7,10 +7,8 @@ text leaves it open: a stage is a stretch of neighbouring noise levels, one stri
 timestep draws its own noise, and ‖·‖² is the mean over channels and positions, not the sum.
 """
 
-import io
-import os
-from dataclasses import dataclass, fields
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -24,50 +22,23 @@ PURPOSE = "dzad-noise"
 
 @dataclass
 class NoiseErrors:
-    """The noise errors of I images at N stages of M timesteps, with K seeds in each cell; NumPy arrays.
+    """The noise errors of I images at N stages of M timesteps, with K seeds in each cell; NumPy arrays."""
 
-    ids: [I] strings; timesteps: int [N,M]; seeds: int [K]; alphas_cumprod: float32 [T], the schedule; errors: float32
-    [I,N,M,K], the mean squared error over channels and positions; maps: float32 [I,N,M,h,w], the mean over channels and
-    seeds at every latent position, or None.
-    """
-
-    ids: np.ndarray
-    timesteps: np.ndarray
-    seeds: np.ndarray
-    alphas_cumprod: np.ndarray
-    errors: np.ndarray
-    maps: np.ndarray | None = None
+    ids: np.ndarray  # [I] strings
+    timesteps: np.ndarray  # int [N,M]
+    seeds: np.ndarray  # int [K]
+    alphas_cumprod: np.ndarray  # float32 [T], the schedule
+    errors: np.ndarray  # float32 [I,N,M,K]: mean squared error over channels and positions
+    maps: np.ndarray | None = None  # float32 [I,N,M,h,w]: mean over channels and seeds at every latent position
 
     @property
-    def matrix(self):
+    def matrix(self) -> np.ndarray:
         """F, float32 [I,N,M]: the errors' mean over the seeds."""
         return self.errors.mean(axis=3)
 
-    def save(self, path):
-        """Write everything to one npz file, complete or not at all."""
-        path, buffer = Path(path), io.BytesIO()
-        np.savez(buffer, **{key: value for key, value in vars(self).items() if value is not None})
-        temporary = path.with_name(f".writing-{path.name}")
-        temporary.write_bytes(buffer.getvalue())
-        os.replace(temporary, path)
 
-
-def load(path):
-    """Read what `NoiseErrors.save` wrote. MethodError on a file that is damaged or holds something else."""
-    try:
-        with np.load(path) as file:
-            return NoiseErrors(**{field.name: file[field.name] for field in fields(NoiseErrors) if field.name in file})
-    except FileNotFoundError:
-        raise
-    except Exception as error:
-        raise MethodError(f"{path} holds no noise errors ({error}); delete it and measure again") from error
-
-
-def join(parts):
-    """One NoiseErrors for all images of `parts`, which were measured with the same timesteps, seeds and schedule.
-
-    MethodError when they were not, or when an image occurs twice.
-    """
+def join(parts: Sequence[NoiseErrors]) -> NoiseErrors:
+    """One NoiseErrors for all images of `parts`, which were measured with the same timesteps, seeds and schedule."""
     first = parts[0]
     for name in ("timesteps", "seeds", "alphas_cumprod"):
         if not all(np.array_equal(getattr(part, name), getattr(first, name)) for part in parts):
@@ -80,11 +51,8 @@ def join(parts):
     return NoiseErrors(ids, first.timesteps, first.seeds, first.alphas_cumprod, errors, maps)
 
 
-def timestep_grid(T=1000, stages=10, per_stage=10, first=1):
-    """int64 [N,M]: timestep m of stage n is first + (n·M + m)·d with the stride d = T // (N·M).
-
-    MethodError when T has no room for them.
-    """
+def timestep_grid(T: int = 1000, stages: int = 10, per_stage: int = 10, first: int = 1) -> np.ndarray:
+    """int64 [N,M]: timestep m of stage n is first + (n·M + m)·d with the stride d = T // (N·M)."""
     try:
         grid = ddim.ascending_grid(stages * per_stage, T, first)
     except ValueError as error:
@@ -92,26 +60,27 @@ def timestep_grid(T=1000, stages=10, per_stage=10, first=1):
     return np.array(grid).reshape(stages, per_stage)
 
 
-def evaluations(images, stages=10, per_stage=10, seeds=1, guidance_scale=1.0):
-    """What `measure` costs, in network evaluations: one an image, timestep and seed; two with text guidance."""
+def evaluations(images: int, stages: int = 10, per_stage: int = 10, seeds: int = 1, guidance_scale: float = 1.0) -> int:
+    """What `multi_timestep_errors` costs, in network evaluations: one an image, timestep and seed; with text guidance
+    two."""
     return images * stages * per_stage * seeds * (1 if guidance_scale == 1 else 2)
 
 
 @torch.inference_mode()
-def measure(
-    predict,
-    latents,
-    ids,
-    alphas_cumprod,
-    stages=10,
-    per_stage=10,
-    seeds=(0,),
-    first=1,
-    batch_size=64,
-    keep_maps=True,
-    callback=None,
-):
-    """The noise errors of images given by their clean latents [I,C,h,w] and ids (I strings).
+def multi_timestep_errors(
+    predict: Callable,
+    latents: torch.Tensor,
+    ids: Sequence[str],
+    alphas_cumprod: torch.Tensor,
+    stages: int = 10,
+    per_stage: int = 10,
+    seeds: Sequence[int] = (0,),
+    first: int = 1,
+    batch_size: int = 64,
+    keep_maps: bool = True,
+    callback: Callable | None = None,
+) -> NoiseErrors:
+    """The noise errors of images given by their clean latents [I,C,h,w] and I ids.
 
     predict(z, t, rows) -> noise [n,C,h,w] for latents z [n,C,h,w] at timesteps t (int64 [n]), rows (int64 [n]) saying
     which image each belongs to; all on the device of `latents`. For images with text `cond` [I,L,D]:
@@ -119,10 +88,10 @@ def measure(
         lambda z, t, rows: backbone.predict_noise(z, t, cond[rows])
         lambda z, t, rows: guided.predict_noise(z, t, cond[rows], rows=rows)   # a GuidedBackbone
 
-    alphas_cumprod: [T] (`backbone.alphas_cumprod`); stages, per_stage, first: `timestep_grid`; seeds: one noise each,
-    drawn from the image's id, the timestep and the seed. All cells of all images run in batches of `batch_size`, which
-    changes nothing but the speed; the maps take 4·I·N·M·K·h·w bytes until they are averaged, so measure a large set in
-    parts and `join` them. callback(done, total), in cells. Costs `evaluations(...)`.
+    alphas_cumprod: [T]; stages, per_stage, first: `timestep_grid`; seeds: one noise each, drawn from the image's id,
+    the timestep and the seed. All cells of all images run in batches of `batch_size`, which changes nothing but the
+    speed; the maps take 4·I·N·M·K·h·w bytes until they are averaged, so measure a large set in parts and `join` them.
+    callback(done, total), in cells. Costs `evaluations(...)`.
     """
     if len(ids) != len(latents) or not len(ids) or len(set(ids)) < len(ids):
         raise MethodError(f"{len(latents)} latents need as many ids, all different; got {len(ids)}")

@@ -1,21 +1,22 @@
-"""zsad_lib.anomaly.ssim"""
+"""Structural similarity of images, batched, in torch."""
 
 import torch
 import torch.nn.functional as F
 
+from zsad_lib.errors import MethodError
+
 SIGMA, RADIUS = 1.5, 5  # the window of Wang et al.: 11 x 11
 
 
-def ssim(x, y, data_range=1.0):
+def ssim(x: torch.Tensor, y: torch.Tensor, data_range: float = 1.0) -> torch.Tensor:
     """Structural similarity of images x, y [B,C,H,W], float64 [B] in [−1,1]; exactly 1 where they are equal.
 
     Wang et al., "Image Quality Assessment", 2004: a Gaussian window of 11 x 11 with σ = 1.5, K₁ = 0.01, K₂ = 0.03, the
     mean over the places where the window fits and over the channels. data_range: the largest difference two values can
     have. The same as scikit-image's structural_similarity with gaussian_weights=True and use_sample_covariance=False.
-    ValueError when the images are smaller than the window.
     """
     if min(x.shape[2:]) <= 2 * RADIUS:
-        raise ValueError(f"SSIM needs images of {2 * RADIUS + 1} px or more, not {list(x.shape[2:])}")
+        raise MethodError(f"SSIM needs images of {2 * RADIUS + 1} px or more, not {list(x.shape[2:])}")
     x, y = x.double(), y.double()
     mean_x, mean_y, xx, yy, xy = (_window(values) for values in (x, y, x * x, y * y, x * y))
     c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2

@@ -16,7 +16,7 @@ DEFAULT = "late-3"
 BUCKETS = 10
 
 
-def weights(name, timesteps, alphas_cumprod):
+def weights(name: str, timesteps: np.ndarray, alphas_cumprod: np.ndarray) -> np.ndarray:
     """The weights of a function of Table 4, float64 [N,M], for timesteps int [N,M] of a schedule [T].
 
     - "one": 1, the plain mean.
@@ -26,8 +26,6 @@ def weights(name, timesteps, alphas_cumprod):
     - "exp-6", "exp-7": exp(−6t), exp(−7t) with t in [0,1], from Clark and Jaini's classification with diffusion models.
     - "late-1", "late-3" (DEFAULT, the paper's choice), "late-5": 1 + exp(−k·(10 − n)) with k = 1, 3, 5.
     - "learned" has no formula: `fit` gives it.
-
-    MethodError on any other name.
     """
     if name == "learned":
         raise MethodError("'learned' weights come from labelled auxiliary data: fit(matrix, labels).weights(shape)")
@@ -36,7 +34,7 @@ def weights(name, timesteps, alphas_cumprod):
     return WEIGHTINGS[name](np.asarray(timesteps), alphas_cumprod)
 
 
-def snr(t, alphas_cumprod):
+def snr(t: np.ndarray, alphas_cumprod: np.ndarray) -> np.ndarray:
     """SNR(t) = ᾱ_t/(1 − ᾱ_t) of a schedule [T] at timesteps t of any shape, whole or between; float64.
 
     Between timesteps log SNR is a cubic spline, so that SNR is smooth and has a derivative.
@@ -44,7 +42,7 @@ def snr(t, alphas_cumprod):
     return np.exp(_log_snr(alphas_cumprod)(t))
 
 
-def snr_derivative(t, alphas_cumprod):
+def snr_derivative(t: np.ndarray, alphas_cumprod: np.ndarray) -> np.ndarray:
     """dSNR/dt of `snr` at timesteps t of any shape, per timestep; float64, negative."""
     curve = _log_snr(alphas_cumprod)
     return np.exp(curve(t)) * curve(t, 1)
@@ -55,12 +53,12 @@ def _log_snr(alphas_cumprod):
     return CubicSpline(np.arange(len(alphas)), np.log(alphas) - np.log1p(-alphas))
 
 
-def exponential(timesteps, T, rate=7):
+def exponential(timesteps: np.ndarray, T: int, rate: float = 7) -> np.ndarray:
     """exp(−rate·t) with t = timestep/T in [0,1]; float64, of the timesteps' shape."""
     return np.exp(-rate * np.asarray(timesteps) / T)
 
 
-def late(shape, k=3):
+def late(shape: tuple[int, int], k: float = 3) -> np.ndarray:
     """1 + exp(−k·(N − n)) for the stages n = 1 … N of a matrix of `shape` (N, M), float64; N = 10 in the paper.
 
     The noisiest stage counts twice, the one before it 1 + exp(−k) times, the first ones once.
@@ -93,10 +91,10 @@ FORMULAS = {
 }
 
 
-def apply(values, w):
+def apply(values: np.ndarray, w: np.ndarray) -> np.ndarray:
     """The mean of F' = W·F over all cells: values [I,N,M] -> scores [I], or maps [I,N,M,h,w] -> maps [I,h,w].
 
-    In the dtype of `values`; with w = 1 the plain mean. MethodError when w [N,M] does not fit the matrix.
+    In the dtype of `values`; with w = 1 the plain mean.
     """
     values, w = np.asarray(values), np.asarray(w)
     if values.shape[1:3] != w.shape:
@@ -107,23 +105,23 @@ def apply(values, w):
 
 @dataclass
 class Learned:
-    """Bucket weights v (float64 [10]) and offset, from `fit`."""
+    """Bucket weights and offset, from `fit`."""
 
-    v: np.ndarray
+    v: np.ndarray  # float64 [10]
     offset: float
 
-    def weights(self, shape):
+    def weights(self, shape: tuple[int, int]) -> np.ndarray:
         """Weights float64 [N,M] of a matrix of `shape`, for which `apply` gives Σ_i v_i·(mean error in bucket i)."""
         shares = _shares(shape, len(self.v))
         return (self.v @ shares).reshape(shape) * shares.shape[1]
 
-    def probability(self, matrix):
+    def probability(self, matrix: np.ndarray) -> np.ndarray:
         """p(anomalous | image) by eq. 13, float64 [I], for a matrix [I,N,M]."""
         evidence = _bucket_means(matrix, len(self.v)) @ self.v + self.offset
         return 0.5 + 0.5 * np.tanh(0.5 * evidence)  # 1/(1 + exp(−evidence)), which does not overflow
 
 
-def fit(matrix, labels, buckets=BUCKETS, ridge=1e-3):
+def fit(matrix: np.ndarray, labels: np.ndarray, buckets: int = BUCKETS, ridge: float = 1e-3) -> Learned:
     """Learn a weight for each of ten buckets of timesteps by maximum likelihood on auxiliary images (eq. 13).
 
     matrix: [I,N,M]; labels: [I], 0 normal and 1 anomalous. The N·M timesteps, in order, are split into buckets of equal
@@ -133,7 +131,7 @@ def fit(matrix, labels, buckets=BUCKETS, ridge=1e-3):
     s_k = ±Σ_i v_i·(x_i − b_i), + for anomalous and − for normal, b_i the bucket's level between the classes. Then
     (1 + exp s_a) / ((1 + exp s_a) + (1 + exp s_n)) = 1/(1 + exp(−s_a)): logistic regression on the ten buckets, where
     all b_i together make one offset. `ridge` weighs ‖v‖² (of errors scaled to unit variance) against the summed
-    log-likelihood: it keeps v finite where the classes separate. MethodError: only one class, too few timesteps.
+    log-likelihood: it keeps v finite where the classes separate.
     """
     from sklearn.linear_model import LogisticRegression
 

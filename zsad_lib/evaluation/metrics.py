@@ -2,13 +2,10 @@
 
 AUROC, average precision (AP), F1-max and AUPRO, as fractions in [0, 1]; higher scores mean more anomalous.
 All of them are sums or maxima over the distinct scores of anomalous items, so those are sorted once and a
-bootstrap resample is nothing but another column of image weights.
-
-The variants of the DIVAD / VLMDiff / DiAD evaluation code, kept for comparison with printed tables, stand
-together at the end of the module and carry "official" in their names.
+bootstrap resample is nothing but another column of image weights (`tables.evaluate`).
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import ndimage, sparse
@@ -25,47 +22,45 @@ BLOCK = 2**17  # floats per work array: they stay in the cache, whatever the num
 # ---------------------------------------------------------------------------------------- single values
 
 
-def auroc(labels, scores) -> float:
+def auroc(labels: Any, scores: Any) -> float:
     """Area under the ROC curve, in [0, 1]; equals scikit-learn's `roc_auc_score`, never flipped.
 
     labels: 0 (normal) / 1 (anomalous) or bool, any shape (image labels [B] or masks [B,H,W]);
     scores: the same shape, higher is more anomalous. Tied scores count one half.
-    Raises UndefinedMetric with one class only or scores that are not finite, ValueError for bad inputs.
     """
     return _label_metric("auroc", labels, scores)
 
 
-def auroc_by_category(categories, labels, scores):
+def auroc_by_category(categories: Any, labels: Any, scores: Any) -> dict[str, float]:
     """{category: AUROC} for N names, labels and scores: [N] of images, or [N,H,W] masks and maps; the categories in the
-    order they come. UndefinedMetric where one of them has a single class."""
+    order they come."""
     categories, labels, scores = np.asarray(categories), np.asarray(labels), np.asarray(scores)
     chosen = {name: categories == name for name in dict.fromkeys(categories.tolist())}
     return {name: auroc(labels[rows].ravel(), scores[rows].ravel()) for name, rows in chosen.items()}
 
 
-def average_precision(labels, scores) -> float:
+def average_precision(labels: Any, scores: Any) -> float:
     """Average precision, in (0, 1]; equals scikit-learn's `average_precision_score` (a sum of steps over
-    recall, no interpolation). Inputs and errors as `auroc`."""
+    recall, no interpolation). Inputs as `auroc`."""
     return _label_metric("ap", labels, scores)
 
 
-def f1_max(labels, scores) -> float:
+def f1_max(labels: Any, scores: Any) -> float:
     """Largest F1 over all thresholds, in (0, 1]: the best point of scikit-learn's `precision_recall_curve`.
 
     The threshold is picked with the labels at hand, so this is an upper bound for any real threshold.
-    Inputs and errors as `auroc`.
+    Inputs as `auroc`.
     """
     return _label_metric("f1max", labels, scores)
 
 
-def aupro(masks, maps, limit=0.3) -> float:
+def aupro(masks: Any, maps: Any, limit: float = 0.3) -> float:
     """Area under the per-region-overlap curve up to false positive rate `limit`, over `limit`, in [0, 1].
 
     masks: bool (or 0/1) [B,H,W]; maps: [B,H,W], higher is more anomalous; limit in (0, 1].
     One curve point per distinct score; the overlap is the mean, over all 8-connected regions of the set, of
     the part of the region above the threshold; the curve is linear between points, and so cut at `limit`.
     Source: Bergmann et al., IJCV 2021, section 4.3, with every threshold instead of a sample of them.
-    Raises UndefinedMetric without an anomalous or a normal pixel or with maps that are not finite.
     """
     masks, maps = mask_stack(masks, maps)
     if not 0 < limit <= 1:

@@ -1,4 +1,6 @@
-"""zsad_lib.evaluation.official"""
+"""The metrics as the evaluation code of DIVAD, VLMDiff and DiAD computes them, for comparison with printed tables."""
+
+from typing import Any
 
 import numpy as np
 
@@ -6,7 +8,7 @@ from zsad_lib.errors import UndefinedMetric
 from zsad_lib.evaluation.metrics import ONCE, auroc, mask_stack, pool_scores, region_shares, totals
 
 
-def auroc_official(labels, scores) -> float:
+def auroc_official(labels: Any, scores: Any) -> float:
     """AUROC as the official code reports it, in [0.5, 1]: 1 - AUROC, silently, when that is larger.
 
     Inputs and errors as `auroc`. Mirrors the image and pixel AUROC of DIVAD's `eval_helper.py`, which treats
@@ -16,14 +18,13 @@ def auroc_official(labels, scores) -> float:
     return max(value, 1 - value)
 
 
-def aupro_official(masks, maps, n_thresholds=200) -> float:
+def aupro_official(masks: Any, maps: Any, n_thresholds: int = 200) -> float:
     """AUPRO as the official code computes it, in [0, 1], biased and sensitive to outliers (use `aupro`).
 
     Equally spaced float32 thresholds from the smallest to the largest score; of the curve's points those with
     a false positive rate strictly below 0.3 are kept, and that rate is divided by the largest one kept.
     Mirrors `compute_pro` of DIVAD's `eval_helper.py`. Inputs as `aupro`; maps are taken as float32.
-    Raises UndefinedMetric where that code fails: constant maps, fewer than two points kept, or all of them
-    at rate 0; and as `aupro` does.
+    Undefined also where that code fails: constant maps, fewer than two points kept, or all of them at rate 0.
     """
     masks, maps = mask_stack(masks, np.asarray(maps, dtype=np.float32))
     pool = pool_scores("pixel", masks, maps, 1, region_shares(masks))

@@ -1,37 +1,31 @@
 """Dataset x method -> results on disk, in batches that survive an interruption at any moment.
 
-A run lives in one folder, named after the dataset, the method and a fingerprint of everything that changes
-the numbers (method configuration, input size, sample ids, labels and file sizes)::
+A run lives in one folder, named after the dataset, the method and a fingerprint of everything that changes the numbers
+(method configuration, input size, sample ids, labels and file sizes)::
 
     runs/synthad-divad-1f0c2a9b77/
         run.json           what was run, on what, with which versions; state: running, interrupted, finished
         batch-000000.npz   one batch, named by the position in the dataset of its first image
         scores.csv         one line an image, written at the end
 
-A batch file is complete or absent (written beside, flushed to disk, renamed), so what is missing when the
-same run is started again is exactly what is scored. Ground truth travels with the scores (masks at the map's
-size, as bits): to evaluate a run takes neither the dataset nor the method.
+A batch file is complete or absent, so what is missing when the same run is started again is exactly what is scored.
+Ground truth travels with the scores (masks at the map's size, as bits): to evaluate a run takes neither the dataset nor
+the method.
 """
 
-import hashlib
 import importlib.metadata
-import io
-import json
 import os
 import platform
-import re
 import time
-import zipfile
-import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import filelock
 import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
+from zsad_lib import store
 from zsad_lib.data.datasets import AnomalyDataset
 from zsad_lib.data.images import load_images, load_masks
 from zsad_lib.data.readers import Sample
@@ -45,22 +39,15 @@ PACKAGES = ("zsad_lib", "torch", "diffusers", "transformers", "numpy")
 
 @dataclass
 class Results:
-    """One finished run: N images in dataset order.
+    """One finished run: N images in dataset order."""
 
-    frame: columns id, category, label (0 normal, 1 anomalous, -1 unknown), defect, pred_score (float32), and
-    the method's own numbers of an image, such as "evaluations".
-    maps: float32 [N,H,H], or None when the method gives none; masks: bool [N,H,H], or None without maps or
-    without truth; run: what run.json holds, and "seconds" spent in scoring, loading included.
-    """
-
+    # columns id, category, label (0 normal, 1 anomalous, -1 unknown), defect, pred_score (float32), and the method's
+    # own numbers of an image, such as "evaluations"
     frame: pd.DataFrame
-    maps: np.ndarray | None
-    masks: np.ndarray | None
-    run: dict
+    maps: np.ndarray | None  # float32 [N,H,H]
+    masks: np.ndarray | None  # bool [N,H,H]; None without maps or without truth
+    run: dict  # what run.json holds, and "seconds" spent in scoring, loading included
     folder: Path
-
-
-# ---------------------------------------------------------------------------------------------- scoring
 
 
 def score(
@@ -68,50 +55,50 @@ def score(
 ) -> Results:
     """Score the images of `dataset` into a run folder under `out`; a finished run is returned as it is.
 
-    Images are batched by their position in the dataset, and those with a stored score are left out: a run
-    that was killed and started again repeats at most one batch and ends with the same numbers, and another
-    `batch_size` keeps what is done (it can move a network's last digits). Damaged batch files are dropped
-    and scored again.
-
-    Raises RunError: nothing to score, wrong shapes or NaN from the method (naming the images), another
-    process at work in the same folder, a folder with another run in it; DataError: an unreadable image.
+    Images are batched by their position in the dataset, and those with a stored score are left out: a run that was
+    killed and started again repeats at most one batch and ends with the same numbers, and another `batch_size` keeps
+    what is done (it can move a network's last digits). Damaged batch files are dropped and scored again.
     """
     if not len(dataset):
         raise RunError(f"dataset {dataset.name} has no image to score: loosen the selection")
     if batch_size < 1:
         raise RunError(f"batch_size must be 1 or more, not {batch_size}")
-    header = _header(dataset, method)
-    folder = run_folder(dataset, method, out)
+    header, folder = _header(dataset, method), run_folder(dataset, method, out)
     if read_run(folder, header).get("state") == "finished":
         try:
             return load_results(folder)
         except RunError:
             pass  # a batch file was lost or damaged since: score it again
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        held = filelock.FileLock(folder / "lock", timeout=0).acquire()
-    except filelock.Timeout:
-        pid = read_run(folder, header).get("pid")
-        raise RunError(f"process {pid} is scoring into {folder}: wait, or choose another --out") from None
-    with held:
+    with store.locked(folder / "lock", f"{folder} (process {read_run(folder, header).get('pid')})"):
         _fill(folder, header, dataset, method, batch_size, progress)
     return load_results(folder)
 
 
+def score_all(
+    dataset: AnomalyDataset,
+    methods: Iterable[tuple[str, Method]],
+    out: Path | str,
+    batch_size: int = 16,
+    progress: bool = True,
+) -> dict[str, Results]:
+    """{label: Results} of methods by their labels, which may be made one after the other: `profiles.with_controls`."""
+    return {label: score(dataset, method, out, batch_size, progress) for label, method in methods}
+
+
 def run_folder(dataset: AnomalyDataset, method: Method, out: Path | str) -> Path:
     """Where `score` keeps its results: out/{dataset}-{method}-{first ten digits of the fingerprint}."""
-    name = re.sub(r"[^\w.+-]+", "_", f"{dataset.name}-{method.name}")
+    name = store.file_name(f"{dataset.name}-{method.name}")
     return Path(out) / f"{name}-{_header(dataset, method)['fingerprint'][:10]}"
 
 
 def _fill(folder, header, dataset, method, batch_size, progress) -> None:
     """Score what the folder lacks. The caller holds the folder's lock."""
-    for leftover in folder.glob(".writing-*"):
+    for leftover in folder.glob(f"{store.WRITING}*"):
         leftover.unlink()
     before = read_run(folder).get("versions", header["versions"])
     if before != header["versions"]:  # batches of two installations in one run: keep both on record
         header = header | {"versions": before, "finished_with": header["versions"]}
-    _write_json(folder / "run.json", header | {"state": "running", "pid": os.getpid()})
+    store.write_json(folder / "run.json", header | {"state": "running", "pid": os.getpid()})
     try:
         done = _done(folder, {sample.id for sample in dataset.samples})
         counts = {"total": len(dataset), "initial": len(done), "unit": "img"}
@@ -120,14 +107,13 @@ def _fill(folder, header, dataset, method, batch_size, progress) -> None:
                 chunk = range(first, min(first + batch_size, len(dataset)))
                 todo = [i for i in chunk if dataset[i].id not in done]
                 if todo:
-                    arrays, buffer = _score_batch(method, [dataset[i] for i in todo]), io.BytesIO()
-                    np.savez_compressed(buffer, **arrays)
-                    _write_atomic(folder / f"batch-{todo[0]:06d}.npz", buffer.getvalue())
+                    arrays = _score_batch(method, [dataset[i] for i in todo])
+                    store.write_arrays(folder / f"batch-{todo[0]:06d}.npz", arrays)
                     bar.update(len(todo))
-        _write_atomic(folder / "scores.csv", load_results(folder).frame.to_csv(index=False).encode())
-        _write_json(folder / "run.json", header | {"state": "finished"})
+        store.write_bytes(folder / "scores.csv", load_results(folder).frame.to_csv(index=False).encode())
+        store.write_json(folder / "run.json", header | {"state": "finished"})
     except BaseException:
-        _write_json(folder / "run.json", header | {"state": "interrupted"})
+        store.write_json(folder / "run.json", header | {"state": "interrupted"})
         raise
 
 
@@ -167,14 +153,11 @@ def _listed(ids: Sequence[str], most: int = 5) -> str:
     return ", ".join(ids[:most]) + (f" and {len(ids) - most} more" if len(ids) > most else "")
 
 
-# ------------------------------------------------------------------------------------------- evaluating
-
-
-# --------------------------------------------------------------------------------------- the run folder
+# --- the run folder
 
 
 def load_results(folder: Path | str) -> Results:
-    """Read a run folder. Raises RunError when it is none, is not finished, or has lost a batch."""
+    """Read a finished run folder."""
     folder = Path(folder)
     run = read_run(folder)
     if not run:
@@ -222,15 +205,14 @@ def _done(folder: Path, ids: set[str]) -> set[str]:
 
 
 def _read_batch(path: Path, ids) -> dict[str, np.ndarray] | None:
-    """The arrays of a batch file, or None when it is damaged (the zip checksums cover all of them)."""
+    """The arrays of a batch file, or None when it is damaged or of other images."""
     try:
-        with np.load(path) as data:
-            arrays = {key: data[key] for key in data.files}
-        lengths = {len(values) for key, values in arrays.items() if key != "seconds"}
-        whole = {"ids", "seconds", COLUMN + "pred_score"} <= set(arrays) and len(lengths) == 1
-        return arrays if whole and all(name in ids for name in arrays["ids"]) else None
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error):
+        arrays = store.read_arrays(path)
+    except RunError:
         return None
+    lengths = {len(values) for key, values in arrays.items() if key != "seconds"}
+    whole = {"ids", "seconds", COLUMN + "pred_score"} <= set(arrays) and len(lengths) == 1
+    return arrays if whole and all(name in ids for name in arrays["ids"]) else None
 
 
 def _header(dataset: AnomalyDataset, method: Method) -> dict:
@@ -239,10 +221,10 @@ def _header(dataset: AnomalyDataset, method: Method) -> dict:
     identity["config"] = method.config
     samples = [[s.id, s.category, s.label, s.defect] for s in dataset.samples]
     files = [[p and p.stat().st_size for p in (s.image_path, s.mask_path)] for s in dataset.samples]
-    text = json.dumps([identity, samples, files], sort_keys=True)
     return identity | {
+        "control": method.control,
         "seed": method.config.get("seed"),
-        "fingerprint": hashlib.sha256(text.encode()).hexdigest(),
+        "fingerprint": store.fingerprint([identity, samples, files]),
         "versions": _versions(),
         "samples": samples,
     }
@@ -261,26 +243,7 @@ def _versions() -> dict[str, str]:
 def read_run(folder: Path, header: dict | None = None) -> dict:
     """run.json as a dict, or {} when there is none; with `header` it must be of the same run."""
     path = folder / "run.json"
-    if not path.is_file():
-        return {}
-    try:
-        run = json.loads(path.read_text())
-    except ValueError:
-        raise RunError(f"{path} is not JSON: delete {folder} and score again") from None
-    if header and run.get("fingerprint") != header["fingerprint"]:
+    run = store.read_json(path) if path.is_file() else {}
+    if run and header and run.get("fingerprint") != header["fingerprint"]:
         raise RunError(f"{folder} holds another run, by its run.json: delete it or choose another --out")
     return run
-
-
-def _write_json(path: Path, content: dict) -> None:
-    _write_atomic(path, json.dumps(content, indent=1).encode())
-
-
-def _write_atomic(path: Path, content: bytes) -> None:
-    """All of `content` under `path`, or nothing, even when the machine stops half way."""
-    temporary = path.with_name(f".writing-{path.name}")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

@@ -1,6 +1,8 @@
-"""zsad_lib.evaluation.tables"""
+"""Metrics of whole data sets with bootstrap intervals, of finished runs, and the tables made of them."""
 
 import hashlib
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -24,16 +26,16 @@ COLUMNS = ("category", "metric", "value", "low", "high", "n_normal", "n_anomalou
 
 
 def evaluate(
-    categories,
-    labels,
-    image_scores,
-    maps=None,
-    masks=None,
-    n_bootstrap=200,
-    seed=0,
-    variant="exact",
-    confidence=0.95,
-    defects=None,
+    categories: Sequence[str],
+    labels: Any,
+    image_scores: Any,
+    maps: np.ndarray | None = None,
+    masks: np.ndarray | None = None,
+    n_bootstrap: int = 200,
+    seed: int = 0,
+    variant: str = "exact",
+    confidence: float = 0.95,
+    defects: Sequence[str] | None = None,
 ) -> pd.DataFrame:
     """Every metric of every category, and their mean, with bootstrap intervals.
 
@@ -51,7 +53,6 @@ def evaluate(
     normal and anomalous ones separately; the mean's come from averaging the categories' draws. A category's
     draws depend on the seed, its name and the set of its images: neither on their order nor on other
     categories. Draws that leave a metric undefined are dropped. n_bootstrap 0 gives NaN for low and high.
-    Raises ValueError for shapes that do not match, labels other than 0/1, or a normal image with a mask.
     """
     if variant not in ("exact", "official") or not 0 < confidence < 1:
         raise ValueError(
@@ -84,11 +85,11 @@ def evaluate(
     return frame
 
 
-def format_table(frame, metrics=None) -> pd.DataFrame:
+def format_table(frame: pd.DataFrame, metrics: Iterable[str] | None = None) -> pd.DataFrame:
     """Frame of `evaluate` -> one row per category, one column per metric, cells like "87.2 [84.1, 90.0]".
 
     Values in percent; no bracket without an interval, "n/a" where undefined. metrics: names, in the order
-    wanted (default: all in the frame). Raises ValueError for a metric that the frame does not have.
+    wanted (default: all in the frame).
     """
     present = list(dict.fromkeys(frame["metric"]))
     metrics = present if metrics is None else list(metrics)
@@ -99,7 +100,7 @@ def format_table(frame, metrics=None) -> pd.DataFrame:
     return table.loc[list(dict.fromkeys(frame["category"])), metrics]
 
 
-def format_cell(value, low, high):
+def format_cell(value: float, low: float, high: float) -> str:
     """A fraction and its interval in percent, "87.2 [84.1, 90.0]"; no bracket where low is NaN, "n/a" without value."""
     if np.isnan(value):
         return "n/a"
@@ -187,7 +188,7 @@ def evaluate_run(results: Results, per_defect: bool = False, **options) -> pd.Da
     """`evaluate` of a run: the long frame of every metric of every category, with intervals.
 
     per_defect: one group of rows for each defect type; options: n_bootstrap, seed, variant, confidence.
-    Images of unknown truth are left out. Raises RunError when no image has a label.
+    Images of unknown truth are left out.
     """
     frame = results.frame
     known = (frame["label"] >= 0).to_numpy()
@@ -204,10 +205,7 @@ def evaluate_run(results: Results, per_defect: bool = False, **options) -> pd.Da
 
 
 def evaluate_runs(results_by_label: dict[str, Results], **options) -> pd.DataFrame:
-    """`evaluate_run` of several runs, below one another, with a first column "method" (the label).
-
-    Raises RunError when the runs do not cover the same images: their numbers would not compare.
-    """
+    """`evaluate_run` of several runs, below one another, with a first column "method" (the label)."""
     first, *others = results_by_label
     for label in others:
         if set(results_by_label[label].frame["id"]) != set(results_by_label[first].frame["id"]):
@@ -216,7 +214,7 @@ def evaluate_runs(results_by_label: dict[str, Results], **options) -> pd.DataFra
     return pd.concat(frames, keys=list(results_by_label), names=["method", None]).reset_index("method")
 
 
-def tabulate(measured: pd.DataFrame, names=METRICS, per_category=False) -> pd.DataFrame:
+def tabulate(measured: pd.DataFrame, names: Sequence[str] = METRICS, per_category: bool = False) -> pd.DataFrame:
     """Frame of `evaluate_runs` -> a row per method, a column per metric, cells like "87.2 [84.1, 90.0]" (percent).
 
     The row is the mean over categories; with per_category there is one for each category and the mean. What
@@ -234,6 +232,8 @@ def tabulate(measured: pd.DataFrame, names=METRICS, per_category=False) -> pd.Da
     return table
 
 
-def compare(results_by_label: dict[str, Results], names=METRICS, per_category=False, **options):
+def compare(
+    results_by_label: dict[str, Results], names: Sequence[str] = METRICS, per_category: bool = False, **options
+) -> pd.DataFrame:
     """One table of several runs over the same images, a method beside its controls: `evaluate_runs`, `tabulate`."""
     return tabulate(evaluate_runs(results_by_label, **options), names, per_category)

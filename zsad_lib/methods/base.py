@@ -1,56 +1,169 @@
-"""What every method shares: the form of a result, the noise of an image, the error a user sees."""
+"""What every method shares: settings as dataclass fields, the record that follows from them, the form of a result."""
 
-from dataclasses import dataclass, field
-from typing import Protocol
+import math
+import types
+from collections.abc import Iterable
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any, ClassVar, Literal, Protocol, Self, Union, get_args, get_origin, get_type_hints
 
 import torch
 
+from zsad_lib.anomaly import maps
 from zsad_lib.diffusion.noise import to_host
+from zsad_lib.errors import MethodError
 
 
 @dataclass
 class Scores:
-    """The result for a batch, on the CPU; higher is more anomalous.
+    """The result for a batch, on the CPU; higher is more anomalous."""
 
-    image: float32 [B]; map: float32 [B,H,W], or None when the method has no map; details: tensors with B as
-    their first dimension, named by the method.
-    """
-
-    image: torch.Tensor
-    map: torch.Tensor | None = None
-    details: dict[str, torch.Tensor] = field(default_factory=dict)
+    image: torch.Tensor  # float32 [B]
+    map: torch.Tensor | None = None  # float32 [B,H,W]
+    details: dict[str, torch.Tensor] = field(default_factory=dict)  # by name, B first; 1-D ones become columns
 
 
-class Method(Protocol):
-    """What the scoring engine needs of a method.
+class Reference(Protocol):
+    """Images that a method is fitted on, and what of them goes into its record."""
 
-    name: as in `METHODS`; config: JSON-able, everything that changes the numbers; size: the input resolution
-    in pixels.
-    """
+    record: dict[str, Any]
 
-    name: str
-    config: dict
-    size: int
-
-    def score(self, images: torch.Tensor, ids: list[str], categories: list[str]) -> Scores:
-        """images: float32 RGB [B,3,H,W] in [0,1]; ids, categories: B strings each."""
+    def batches(self, size: int) -> Iterable[tuple[torch.Tensor, list[str], list[int]]]:
+        """images [B,3,size,size] in [0,1], ids and labels (1 anomalous, 0 normal), batch by batch."""
         ...
 
 
-def check_batch(images, ids, categories):
-    """ValueError unless images are [B,3,H,W] with one id and one category each."""
+@dataclass(kw_only=True)
+class Method:
+    """Base of all methods. A subclass is a dataclass whose fields are its settings, checked by their types."""
+
+    name: ClassVar[str]  # as in METHODS
+    unfitted: ClassVar[dict[str, Any]] = {}  # what stands in the record in place of a reference's
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+        self.reference: Reference | None = None
+
+    @property
+    def size(self) -> int:
+        """The input resolution in pixels."""
+        return self.backbone.image_size
+
+    @property
+    def control(self) -> str | None:
+        """What a control has re-initialised: "unet", "all", "features"; "baseline" without any model."""
+        parts = ((getattr(self, "backbone", None), None), (getattr(self, "features", None), "features"))
+        return next((word or part.control for part, word in parts if getattr(part, "control", None)), None)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The record of a run: everything that changes the numbers, JSON-able."""
+        record = {f.name: f.metadata.get("record", plain)(getattr(self, f.name)) for f in recorded(self)}
+        return {"method": self.name, **record, **(self.reference.record if self.reference else self.unfitted)}
+
+    def fit(self, reference: Reference) -> Self:
+        """Take the images that scores are compared with; they pass the network when the first score is asked for."""
+        if not self.unfitted:
+            raise MethodError(f"method {self.name} takes no reference images")
+        self.reference = reference
+        return self
+
+    def score(self, images: torch.Tensor, ids: list[str], categories: list[str]) -> Scores:
+        """Scores of images float32 RGB [B,3,H,W] in [0,1], with B ids and B categories."""
+        raise NotImplementedError
+
+
+def setting(default: Any = MISSING, record: Any = None) -> Any:
+    """A field that is left out of the record, or stands there as `record(value)`."""
+    return field(default=default, metadata={"record": record or False})
+
+
+def recorded(settings: Any) -> list:
+    return [f for f in fields(settings) if f.metadata.get("record") is not False]
+
+
+def plain(value: Any) -> Any:
+    """A setting as JSON: a network by its own record, a tuple as a list."""
+    if hasattr(value, "config"):
+        return value.config
+    return list(value) if isinstance(value, tuple) else value
+
+
+def check_settings(settings: Any) -> None:
+    """Refuse values that the types of the fields do not allow; whole numbers become floats where those are meant."""
+    hints = get_type_hints(type(settings))
+    for f in (f for f in fields(settings) if f.init):
+        value, kind = getattr(settings, f.name), hints[f.name]
+        if kind is float and type(value) is int:
+            setattr(settings, f.name, float(value))
+        elif not _allowed(value, kind):
+            raise MethodError(f"{f.name} {value!r} is unknown or of another kind; use {_words(kind)}")
+
+
+def _allowed(value: Any, kind: Any) -> bool:
+    if get_origin(kind) in (Union, types.UnionType):
+        return any(_allowed(value, part) for part in get_args(kind))
+    if get_origin(kind) is Literal:
+        return isinstance(value, str) and value in get_args(kind)
+    if get_origin(kind) is tuple:
+        return isinstance(value, (tuple, list)) and all(_allowed(part, get_args(kind)[0]) for part in value)
+    if kind is float:
+        return type(value) in (int, float) and math.isfinite(value)
+    return type(value) is kind if kind in (int, bool, str, types.NoneType) else True
+
+
+def _words(kind: Any) -> str:
+    if get_origin(kind) in (Union, types.UnionType):
+        return " or ".join(_words(part) for part in get_args(kind))
+    return f"one of {list(get_args(kind))}" if get_origin(kind) is Literal else getattr(kind, "__name__", str(kind))
+
+
+def at_least(least: float, **values: float | None) -> None:
+    """MethodError for a value below `least`; None is left alone."""
+    for name, value in values.items():
+        if value is not None and value < least:
+            raise MethodError(f"{name} must be {least} or more, not {value}")
+
+
+def check_batch(images: torch.Tensor, ids: list[str], categories: list[str]) -> None:
     if images.ndim != 4 or images.shape[1] != 3:
-        raise ValueError(f"images must be [B,3,H,W], not {list(images.shape)}")
+        raise MethodError(f"images must be [B,3,H,W], not {list(images.shape)}")
     if not len(images) == len(ids) == len(categories):
-        raise ValueError(f"{len(images)} images came with {len(ids)} ids and {len(categories)} categories")
+        raise MethodError(f"{len(images)} images came with {len(ids)} ids and {len(categories)} categories")
 
 
-def redrawn_scores(image, distance, reconstruction, latent, evaluations):
-    """The Scores of a method that redraws: image scores [B], maps [B,H,W], what was drawn [B,3,H,W], the latent that it
-    was drawn from [B,C,h,w], and how many network evaluations an image cost."""
-    details = {
-        "reconstruction": to_host(reconstruction),
-        "latent": to_host(latent),
-        "evaluations": torch.full((len(image),), evaluations),
-    }
-    return Scores(to_host(image), to_host(distance), details)
+@dataclass(kw_only=True)
+class Redrawing(Method):
+    """A method that draws an image anew and compares the features of the two: DIVAD, VLMDiff."""
+
+    map_size: int | None = None  # of the map, in pixels (default: the backbone's image size, at most 256)
+    sigma: float = 5.0  # blur of the map, in its pixels; 5 is meant for 256 px
+    pool: int = 8  # the image score is the maximum after eight average pools of so many pixels; 8 is for 256 px
+    mode: Literal["sum", "product"] = "sum"  # how the layers of the features are combined
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.map_size = min(256, self.size) if self.map_size is None else self.map_size
+        at_least(1, map_size=self.map_size)
+        at_least(0, sigma=self.sigma)
+        maps.check_pools(self.map_size, self.pool)
+
+    def reconstruct(self, images: torch.Tensor, ids: list[str], categories: list[str]) -> tuple[torch.Tensor, ...]:
+        """(reconstructions [B,3,H,W] in [0,1], latents [B,C,h,w] that denoising started from), where the model is."""
+        raise NotImplementedError
+
+    def score(self, images: torch.Tensor, ids: list[str], categories: list[str]) -> Scores:
+        """As `Method.score`, for square images: the features stretch any other.
+
+        map: [B,map_size,map_size], in [0, 2·layers] before the blur for mode "sum"; details: reconstruction
+        [B,3,H,W], latent [B,C,h,w], evaluations [B] (samples that went through the U-Net for each image).
+        """
+        check_batch(images, ids, categories)
+        counter = getattr(self.backbone, "backbone", self.backbone)
+        before = counter.evaluations
+        with torch.inference_mode():
+            drawn, latent = self.reconstruct(images, ids, categories)
+            layers = self.features(images), self.features(drawn)
+            anomaly, image = maps.compare(*layers, self.map_size, self.sigma, self.pool, self.mode)
+        evaluations = torch.full((len(images),), (counter.evaluations - before) / len(images))
+        details = {"reconstruction": to_host(drawn), "latent": to_host(latent), "evaluations": evaluations}
+        return Scores(to_host(image), to_host(anomaly), details)

@@ -5,23 +5,24 @@ Images are brought to 64 px, the size of the lite profile, where the defaults si
 the 5 and 8 that the papers use at 256 px.
 """
 
-from functools import partial
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
 from zsad_lib.anomaly import maps
+from zsad_lib.anomaly.resize import resize
 from zsad_lib.diffusion.noise import to_host
 from zsad_lib.errors import MethodError
-from zsad_lib.methods.base import Scores, check_batch
+from zsad_lib.methods.base import Method, Scores, at_least, check_batch
 
 
-def contrast_map(images, context):
+def contrast_map(images: torch.Tensor, context: float) -> torch.Tensor:
     """|x − blurred x|, mean over channels: [B,3,H,W] -> [B,H,W] in [0,1]; context: the blur's sigma (px)."""
     return (images - maps.smooth(images, context)).abs().mean(1)
 
 
-def median_map(images):
+def median_map(images: torch.Tensor) -> torch.Tensor:
     """|x − the image's median colour|, mean over channels: [B,3,H,W] -> [B,H,W] in [0,1].
 
     Of an even number of pixels the lower median counts.
@@ -31,17 +32,16 @@ def median_map(images):
     return (images - pixels.median(dim=2).values[..., None, None]).abs().mean(1)
 
 
-def patch_knn_map(images, patch=7, stride=2, k=5):
+def patch_knn_map(images: torch.Tensor, patch: int = 7, stride: int = 2, k: int = 5) -> torch.Tensor:
     """How far each patch is from its k-th nearest patch of the same image: [B,3,H,W] -> [B,H,W].
 
     Patches of patch x patch RGB pixels around every stride-th pixel, the border mirrored; patches that
     overlap the one in question do not count. Distances are root mean square differences of pixel values, in
-    [0,1], computed at the patch centres and interpolated bilinearly between them. ValueError when k patches
-    do not fit beside one.
+    [0,1], computed at the patch centres and interpolated bilinearly between them.
     """
     height, width = images.shape[-2:]
     if patch // 2 >= min(height, width):
-        raise ValueError(f"patches of {patch} px do not fit into {height}x{width} px")
+        raise MethodError(f"patches of {patch} px do not fit into {height}x{width} px")
     rows, columns = (torch.arange(0, n, stride, device=images.device) for n in (height, width))
     # float64: in float32 the distance of equal patches is rounding, 1e-4 that changes with the batch
     centred = (images - images.mean(dim=(2, 3), keepdim=True)).double()
@@ -51,7 +51,7 @@ def patch_knn_map(images, patch=7, stride=2, k=5):
         near_rows, near_columns = (part[:, :1] - rows).abs() < patch, (part[:, 1:] - columns).abs() < patch
         overlapping = (near_rows[:, :, None] & near_columns[:, None]).flatten(1)
         if int((~overlapping).sum(1).min()) < k:
-            raise ValueError(f"{height}x{width} px hold fewer than {k} {patch} px patches clear of another")
+            raise MethodError(f"{height}x{width} px hold fewer than {k} {patch} px patches clear of another")
         first = 1024 * len(nearest)
         distances = [_kth_distance(p[first : first + 1024], p, overlapping, k) for p in patches]
         nearest.append(torch.stack(distances))
@@ -68,49 +68,72 @@ def _kth_distance(queries, patches, excluded, k):
     return (squared + queries.square().sum(1)).clamp(min=0).sqrt()
 
 
-class Baseline:
-    """A method made of a function from images [B,3,H,W] in [0,1] to raw maps [B,H,W].
+@dataclass(kw_only=True)
+class Baseline(Method):
+    """A method that is a function from images [B,3,H,W] in [0,1] to raw maps; it runs where the images are."""
 
-    settings: what of the function changes the numbers; size: the resolution the images are brought to, and
-    the map's; sigma: blur of the map in pixels; pool: see `maps.image_score`. Runs where the images are.
-    """
+    size: int = 64  # pixels: the images are brought to it, and the map has it
+    sigma: float = 1.5  # blur of the map in pixels
+    pool: int = 2  # `maps.image_score`
+    control = "baseline"
 
-    def __init__(self, name, raw_map, settings, size, sigma, pool):
-        if sigma < 0 or size < 1:
-            raise MethodError(f"{name}: sigma must be 0 or more and size 1 or more pixels, not {sigma} and {size}")
-        try:
-            maps.check_pools(size, pool)
-            raw_map(torch.zeros(1, 3, size, size))  # what cannot work fails here, not on the first batch
-        except ValueError as error:
-            raise MethodError(f"{name}: {error}") from error
-        self.name, self.raw_map, self.size = name, raw_map, size
-        self.config = {"method": name, **settings, "size": size, "sigma": float(sigma), "pool": pool}
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(1, size=self.size)
+        at_least(0, sigma=self.sigma)
+        maps.check_pools(self.size, self.pool)
+        self.raw_map(torch.zeros(1, 3, self.size, self.size))  # what cannot work fails here, not on the first batch
 
-    def score(self, images, ids, categories):
-        """images [B,3,H,W] in [0,1]; ids, categories: B strings each. Gives image [B], map [B,size,size]."""
+    def raw_map(self, images: torch.Tensor) -> torch.Tensor:
+        """images [B,3,H,W] in [0,1] -> [B,H,W], not yet smoothed."""
+        raise NotImplementedError
+
+    def score(self, images: torch.Tensor, ids: list[str], categories: list[str]) -> Scores:
+        """As `Method.score`; map [B,size,size]."""
         check_batch(images, ids, categories)
         with torch.inference_mode():
-            if images.shape[-2:] != (self.size, self.size):
-                images = F.interpolate(images, (self.size, self.size), mode="bilinear", antialias=True)
-            smoothed = maps.smooth(self.raw_map(images), self.config["sigma"])
-            image = maps.image_score(smoothed, self.config["pool"])
+            smoothed = maps.smooth(self.raw_map(resize(images, self.size)), self.sigma)
+            image = maps.image_score(smoothed, self.pool)
         return Scores(to_host(image), to_host(smoothed))
 
 
-def local_contrast(size=64, sigma=1.5, pool=2, context=6.0):
-    """Method "local_contrast": distance to the blurred image; see `contrast_map` and `Baseline`."""
-    raw_map = partial(contrast_map, context=context)
-    return Baseline("local_contrast", raw_map, {"context": float(context)}, size, sigma, pool)
+@dataclass(kw_only=True)
+class LocalContrast(Baseline):
+    """Distance to the blurred image: `contrast_map`."""
+
+    name = "local_contrast"
+
+    context: float = 6.0  # the blur's sigma in pixels
+
+    def raw_map(self, images):
+        return contrast_map(images, self.context)
 
 
-def median(size=64, sigma=1.5, pool=2):
-    """Method "median": distance to the image's median colour; see `median_map` and `Baseline`."""
-    return Baseline("median", median_map, {}, size, sigma, pool)
+@dataclass(kw_only=True)
+class Median(Baseline):
+    """Distance to the image's median colour: `median_map`."""
+
+    name = "median"
+
+    def raw_map(self, images):
+        return median_map(images)
 
 
-def patch_knn(size=64, sigma=1.5, pool=2, patch=7, stride=2, k=5):
-    """Method "patch_knn": distance to the k-th nearest patch; see `patch_knn_map` and `Baseline`."""
-    settings = {"patch": patch, "stride": stride, "k": k}
-    if patch < 1 or patch % 2 == 0 or stride < 1 or k < 1:
-        raise MethodError(f"patch_knn needs an odd patch, and stride and k of 1 or more, not {settings}")
-    return Baseline("patch_knn", partial(patch_knn_map, **settings), settings, size, sigma, pool)
+@dataclass(kw_only=True)
+class PatchKNN(Baseline):
+    """Distance to the k-th nearest patch of the same image: `patch_knn_map`."""
+
+    name = "patch_knn"
+
+    patch: int = 7  # pixels, odd
+    stride: int = 2
+    k: int = 5
+
+    def __post_init__(self) -> None:
+        at_least(1, patch=self.patch, stride=self.stride, k=self.k)
+        if self.patch % 2 == 0:
+            raise MethodError(f"patch_knn needs an odd patch, not {self.patch}")
+        super().__post_init__()
+
+    def raw_map(self, images):
+        return patch_knn_map(images, self.patch, self.stride, self.k)

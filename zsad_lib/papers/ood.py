@@ -5,26 +5,33 @@ set, and is never retrained, tells images of one from images of the other. Each 
 features are kept, and every reading is computed from them.
 """
 
-import hashlib
-import json
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from zsad_lib import store
+from zsad_lib.anomaly.density import atypicality
 from zsad_lib.data.image_sets import available, load_image_set
-from zsad_lib.diffusion.pixel import load_pixel_model
+from zsad_lib.diffusion.pixel import PixelModel, load_pixel_model
 from zsad_lib.errors import DataError
-from zsad_lib.evaluation import metrics, tables
+from zsad_lib.evaluation.metrics import auroc
+from zsad_lib.evaluation.tables import evaluate
 from zsad_lib.methods import diffpath, stein_ssim
+from zsad_lib.methods.stein_ssim import Features, extract
 
 BASES = ("lite-ddpm-synthad", "lite-ddpm-cifar10")
 INS = ("synthad", "cifar10", "photographs")
 OUTS = ("synthad", "cifar10", "photographs", "faces", "magnetic_tile", "digits", "constant", "noise")
 CHOSEN_ON = ("synthad", "cifar10")  # the in-distribution sets that chose the default reading; the others did not
 CONTROL = " (random U-Net)"
+Sets = dict[str, Features]  # by the name of an image set
+Readings = dict[str, Any]  # by label: stein_ssim.Reading or PathReading
 COLUMNS = ["base", "in", "out", "reading", "evaluations", "value", "low", "high", "n_in", "n_out"]
 
 
@@ -33,29 +40,25 @@ COLUMNS = ["base", "in", "out", "reading", "evaluations", "value", "low", "high"
 
 @dataclass(frozen=True)
 class PathReading:
-    """DiffPath with the interface of `stein_ssim.Reading`, from the same features.
+    """DiffPath with the interface of `stein_ssim.Reading`, from the same features."""
 
-    variant: see `diffpath.path_statistics`. components: the mixtures that "6d" chooses from; the authors' COMPONENTS
-    want 112 reference images or more.
-    """
+    variant: str = "6d"  # `diffpath.path_statistics`
+    components: tuple[int, ...] = diffpath.COMPONENTS  # "6d" chooses from; these want 112 reference images or more
 
-    variant: str = "6d"
-    components: tuple[int, ...] = diffpath.COMPONENTS
-
-    def fit(self, reference, seed=0):
+    def fit(self, reference: Features, seed: int = 0) -> Any:
         """The density of the reference's statistics, as the authors fit it."""
         return diffpath.fit(self._values(reference), self.variant, self.components, seed=seed)
 
-    def scores(self, features, density):
+    def scores(self, features: Features, density: Any) -> np.ndarray:
         """float64 [N], higher is more anomalous."""
-        return density.atypicality(density, self._values(features))
+        return atypicality(density, self._values(features))
 
     def _values(self, features):
         powers = features["noise_powers"], features["change_powers"]
         return diffpath.path_statistics(*powers, self.variant).numpy()
 
 
-def label(reading):
+def label(reading: Any) -> str:
     """A reading in words: "trajectory error / SSIM, score, kde"; "sum" or the density says how it decides."""
     if isinstance(reading, PathReading):
         small = "" if reading.variant == "1d" or max(reading.components) >= 50 else " (small mixtures)"
@@ -65,7 +68,7 @@ def label(reading):
     return f"{reading.error}{what[reading.amplification]}, {reading.scale}, {decision}"
 
 
-def distinct_readings(**fixed):
+def distinct_readings(**fixed: Any) -> list[stein_ssim.Reading]:
     """`stein_ssim.readings`, less those that give the scores of another one.
 
     The scale of a denoising error is one factor a timestep, which standardising removes again: only a sum sees it.
@@ -77,12 +80,12 @@ def _scale_is_moot(reading):
     return reading.error == "denoising" and reading.decision == "typicality"
 
 
-def labelled(readings):
+def labelled(readings: Iterable) -> Readings:
     """{label: reading}, in the order given."""
     return {label(reading): reading for reading in readings}
 
 
-def all_readings(reference_images, **fixed):
+def all_readings(reference_images: int, **fixed: Any) -> Readings:
     """{label: reading}: the distinct readings, DiffPath-1D, and 6D with the authors' mixtures where they can be fitted.
 
     reference_images: how many images the densities are fitted on; fixed: see `stein_ssim.readings`.
@@ -96,23 +99,31 @@ def all_readings(reference_images, **fixed):
 # --- features
 
 
-def collect(model, sets, split, count, runs, steps=10, seed=0, progress=False):
-    """{name: features of `stein_ssim.extract`} of at most `count` images of each set, kept in files below `runs`.
+def collect(
+    model: PixelModel,
+    sets: Iterable[str],
+    split: str,
+    count: int,
+    folder: Path | str,
+    steps: int = 10,
+    seed: int = 0,
+    progress: bool = False,
+) -> dict[str, Features]:
+    """{name: features of `stein_ssim.extract`} of at most `count` images of each set, kept in files below `folder`.
 
-    The folder's name holds the model and a digest of its weights and of the options; what is there is read, so that an
-    interrupted call goes on at the set it was at.
+    What is there is read, so that an interrupted call goes on at the set it was at.
     """
-    digest = hashlib.sha256(json.dumps([model.config, steps, seed], sort_keys=True).encode()).hexdigest()[:8]
-    folder = Path(runs) / re.sub(r"[^\w.-]+", "-", f"{Path(model.name).name} {digest}")
-    features = {}
+    settings = {"model": model.config, "steps": steps, "seed": seed}
+    named, features = f"{Path(model.label).name} {store.fingerprint([model.config, steps, seed])[:8]}", {}
     for name in sets:
         images = load_image_set(name, split, count, model.image_size)
-        path = folder / f"{name}-{split}-{count}.npz"
-        features[name] = stein_ssim.features_of(path, model, images, progress=progress, steps=steps, seed=seed)
+        path = Path(folder) / re.sub(r"[^\w.-]+", "-", named) / f"{name}-{split}-{count}.npz"
+        measure = partial(extract, model, images.images, images.ids, steps, seed, progress=progress)
+        features[name] = store.kept(path, store.fingerprint([settings, images.ids]), measure)
     return features
 
 
-def at_steps(features, chosen):
+def at_steps(features: Features, chosen: Iterable[int]) -> Features:
     """The features at the chosen timesteps alone (their numbers, from 0), for an ablation; ids and settings stay.
 
     A trajectory has one change less than timesteps: change k leads from timestep k to k + 1.
@@ -121,7 +132,7 @@ def at_steps(features, chosen):
     return features | {key: v[:, [k for k in chosen if k < v.shape[1]]] for key, v in per_step.items()}
 
 
-def first_images(features, count):
+def first_images(features: Features, count: int) -> Features:
     """The features of the first `count` images alone, for an ablation; the settings stay."""
     return {key: values[:count] if values.ndim else values for key, values in features.items()}
 
@@ -129,7 +140,7 @@ def first_images(features, count):
 # --- the numbers
 
 
-def score_sets(reference, sets, reading, seed=0):
+def score_sets(reference: Features | None, sets: Sets, reading: Any, seed: int = 0) -> dict[str, np.ndarray]:
     """{name: scores [N], higher is more anomalous} of sets {name: features}.
 
     reference: the features that a density is fitted on, and nothing else; a reading whose decision is "sum" takes none.
@@ -138,13 +149,15 @@ def score_sets(reference, sets, reading, seed=0):
     return {name: reading.scores(features, density) for name, features in sets.items()}
 
 
-def separation(usual, other):
+def separation(usual: np.ndarray, other: np.ndarray) -> float:
     """AUROC, a fraction, of telling the scores `other` [M] from the scores `usual` [N]; below 0.5, `other` is lower."""
     scores = np.concatenate([usual, other]).astype(np.float64)
-    return metrics.auroc([0] * len(usual) + [1] * len(other), scores)
+    return auroc([0] * len(usual) + [1] * len(other), scores)
 
 
-def measure(train, test, readings, outs=OUTS, n_bootstrap=200, seed=0):
+def evaluate_base(
+    train: Sets, test: Sets, readings: Readings, outs: Iterable[str] = OUTS, n_bootstrap: int = 200, seed: int = 0
+) -> pd.DataFrame:
     """AUROCs of one base model, and 95 % bootstrap intervals over the images.
 
     train, test: {set: features}, of `collect`; every set in train is in-distribution in its turn, and its density is
@@ -162,17 +175,31 @@ def measure(train, test, readings, outs=OUTS, n_bootstrap=200, seed=0):
     return pd.DataFrame(rows, columns=COLUMNS[1:])
 
 
-def measure_bases(train, test, readings, outs=OUTS, n_bootstrap=200, seed=0):
-    """`measure` for each base model, one frame with a further column base. train, test: {base: {set: features}}."""
+def evaluate_bases(
+    train: dict[str, Sets],
+    test: dict[str, Sets],
+    readings: Readings,
+    outs: Iterable[str] = OUTS,
+    n_bootstrap: int = 200,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """`evaluate_base` for each base model, one frame with a further column base."""
     options = {"outs": outs, "n_bootstrap": n_bootstrap, "seed": seed}
-    frames = [measure(sets, test[base], readings, **options).assign(base=base) for base, sets in train.items()]
+    frames = [evaluate_base(sets, test[base], readings, **options).assign(base=base) for base, sets in train.items()]
     return pd.concat(frames, ignore_index=True)[COLUMNS]
 
 
-def by_timesteps(train, test, reading, parts, outs=OUTS, seed=0):
+def by_timesteps(
+    train: dict[str, Sets],
+    test: dict[str, Sets],
+    reading: Any,
+    parts: dict[str, list[int]],
+    outs: Iterable[str] = OUTS,
+    seed: int = 0,
+) -> pd.DataFrame:
     """One reading from parts of the timesteps alone: percent, the mean AUROC over the other sets.
 
-    train, test: as for `measure_bases`; parts: {name: numbers of the timesteps, from 0, as for `at_steps`}. Rows
+    train, test: as for `evaluate_bases`; parts: {name: numbers of the timesteps, from 0, as for `at_steps`}. Rows
     "base: in", a column for each part.
     """
     columns = {}
@@ -181,7 +208,7 @@ def by_timesteps(train, test, reading, parts, outs=OUTS, seed=0):
             {base: {name: at_steps(features, steps) for name, features in sets.items()} for base, sets in side.items()}
             for side in (train, test)
         ]
-        frame = measure_bases(*few, {"": reading}, outs, n_bootstrap=0, seed=seed)
+        frame = evaluate_bases(*few, {"": reading}, outs, n_bootstrap=0, seed=seed)
         means = frame[frame.out == "mean"]
         columns[part] = (100 * means.value).set_axis(means.base + ": " + means["in"])
     return pd.DataFrame(columns)
@@ -198,31 +225,31 @@ def _aurocs(scores, name, others, n_bootstrap, seed):
     defects = np.repeat(sets, [len(scores[s]) for s in sets])
     values = np.concatenate([scores[s] for s in sets]).astype(np.float64)
     labels = (defects != name).astype(int)
-    frame = tables.evaluate([name] * len(labels), labels, values, n_bootstrap=n_bootstrap, seed=seed, defects=defects)
+    frame = evaluate([name] * len(labels), labels, values, n_bootstrap=n_bootstrap, seed=seed, defects=defects)
     for row in frame[frame.metric == "image_auroc"].itertuples():
         yield row.category.rpartition("/")[2], row.value, row.low, row.high, row.n_normal, row.n_anomalous
 
 
 def study(
-    bases=BASES,
-    ins=INS,
-    outs=OUTS,
-    train=200,
-    test=96,
-    runs="runs/ood",
-    readings=None,
-    control=True,
-    steps=10,
-    seed=0,
-    n_bootstrap=200,
-    device="auto",
-    progress=False,
-):
-    """`measure` for every base model (a name or a folder), with a further column base.
+    bases: Iterable[str] = BASES,
+    ins: Iterable[str] = INS,
+    outs: Iterable[str] = OUTS,
+    train: int = 200,
+    test: int = 96,
+    folder: Path | str = "runs/ood",
+    readings: Readings | None = None,
+    control: bool = True,
+    steps: int = 10,
+    seed: int = 0,
+    n_bootstrap: int = 200,
+    device: str = "auto",
+    progress: bool = False,
+) -> pd.DataFrame:
+    """`evaluate_base` for every base model (a name or a folder), with a further column base.
 
     ins, outs: names of image sets; those whose folder is not at hand are left out and named in attrs["left_out"].
-    train, test: images of a set that densities are fitted on, and that are scored. readings: {label: reading} (None:
-    `all_readings`). control: also the first base with random weights. DataError: no set left to compare.
+    train, test: images of a set that densities are fitted on, and that are scored. readings: None for `all_readings`.
+    control: also the first base with random weights.
     """
     here = [name for name in dict.fromkeys([*ins, *outs]) if name in available()]
     known, others = [name for name in ins if name in here], [name for name in outs if name in here]
@@ -231,11 +258,11 @@ def study(
     readings, frames = readings or all_readings(train), []
     for base, random in [(base, None) for base in bases] + [(base, "unet") for base in bases[:1] if control]:
         model = load_pixel_model(base, device, random_weights=random)
-        shared = {"runs": runs, "steps": steps, "seed": seed, "progress": progress}
+        shared = {"folder": folder, "steps": steps, "seed": seed, "progress": progress}
         fitted, scored = (
             collect(model, s, *w, **shared) for s, w in ((known, ("train", train)), (here, ("test", test)))
         )
-        frames.append(measure(fitted, scored, readings, others, n_bootstrap, seed).assign(base=model.name))
+        frames.append(evaluate_base(fitted, scored, readings, others, n_bootstrap, seed).assign(base=model.label))
     frame = pd.concat(frames, ignore_index=True)[COLUMNS]
     frame.attrs = {"left_out": [name for name in dict.fromkeys([*ins, *outs]) if name not in here]}
     return frame
@@ -244,7 +271,7 @@ def study(
 # --- the tables
 
 
-def matrix(frame, reading, cells=True):
+def matrix(frame: pd.DataFrame, reading: str, cells: bool = True) -> pd.DataFrame:
     """In × out × base of one reading of a frame of `study`: rows (base, in), columns the other sets and "mean".
 
     cells: texts like "97.4 [94.9, 99.3]"; False: the bare percentages.
@@ -259,7 +286,7 @@ def matrix(frame, reading, cells=True):
     return table.reindex(index=pd.MultiIndex.from_tuples(order, names=["base", "in"]), columns=columns)
 
 
-def compare(frame, cells=True):
+def compare(frame: pd.DataFrame, cells: bool = True) -> pd.DataFrame:
     """Readings as rows, best first; columns: the mean over the other sets of each base and in-distribution set.
 
     The column "chosen on" is the plain mean over the trained bases and CHOSEN_ON (percent, or all sets where neither is
@@ -277,7 +304,7 @@ def compare(frame, cells=True):
     return table
 
 
-def overview(frame, trained):
+def overview(frame: pd.DataFrame, trained: Iterable[str]) -> pd.DataFrame:
     """Mean AUROC over the other sets, whole percent: readings as rows, best first; columns "base: in" and "trained".
 
     trained: the bases whose columns "trained" averages, and by which the rows are sorted.
@@ -288,7 +315,7 @@ def overview(frame, trained):
     return table.sort_values("trained", ascending=False, kind="stable")
 
 
-def by_set(frame):
+def by_set(frame: pd.DataFrame) -> pd.DataFrame:
     """AUROC in whole percent: readings as rows and columns "base: out", both in the frame's order, without the mean.
 
     ValueError when the frame has more than one in-distribution set.
@@ -298,7 +325,7 @@ def by_set(frame):
     return _whole_percent(frame[frame.out != "mean"], "out")
 
 
-def ranking(frame):
+def ranking(frame: pd.DataFrame) -> pd.Series:
     """Percent by reading, best first: mean AUROC over the trained bases and CHOSEN_ON, every pair counting alike."""
     means = frame[(frame.out == "mean") & ~frame.base.str.endswith(CONTROL)]
     chosen = means[means["in"].isin(CHOSEN_ON)]
@@ -306,7 +333,7 @@ def ranking(frame):
     return (100 * means.groupby("reading").value.mean()).sort_values(ascending=False, kind="stable")
 
 
-def best_allowed(frame):
+def best_allowed(frame: pd.DataFrame) -> str:
     """The label of the best reading that the paper's abstract allows: neither DiffPath nor "and SSIM", our addition."""
     allowed = [title for title in ranking(frame).index if not title.startswith("DiffPath") and " and SSIM" not in title]
     if not allowed:

@@ -1,0 +1,152 @@
+"""What is measured once and kept: files that are complete or absent, known by a fingerprint of what can change them."""
+
+import hashlib
+import json
+import os
+import re
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import filelock
+import numpy as np
+
+from zsad_lib.errors import RunError
+
+WRITING = ".writing-"  # prefix of a file that is not complete yet
+DIGEST = "digest"  # name of the array that says under which key the others were measured
+DAMAGED = (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error)
+
+
+def fingerprint(content: Any) -> str:
+    """SHA-256 (hex) of JSON-able content; the order of keys does not count."""
+    return digest(json.dumps(content, sort_keys=True).encode())
+
+
+def digest(content: bytes) -> str:
+    """SHA-256 (hex) of bytes."""
+    return hashlib.sha256(content).hexdigest()
+
+
+def file_name(text: str) -> str:
+    """The text with everything that a file name should not hold replaced by "_"."""
+    return re.sub(r"[^\w.+-]+", "_", text)
+
+
+@contextmanager
+def writing(path: Path | str) -> Iterator[Path]:
+    """A temporary path beside `path` to write to; it takes the name `path` once complete and on disk, or vanishes."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{WRITING}{os.getpid()}-{path.name}")
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_bytes(path: Path | str, content: bytes) -> None:
+    with writing(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def write_json(path: Path | str, content: Any) -> None:
+    write_bytes(path, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def read_json(path: Path | str) -> Any:
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path} cannot be read as JSON ({error}): restore or delete it") from error
+
+
+def write_arrays(path: Path | str, arrays: dict[str, Any]) -> None:
+    """NumPy arrays, numbers or texts by name, as a compressed .npz."""
+    with writing(path) as temporary:
+        np.savez_compressed(temporary, **arrays)
+
+
+def read_arrays(path: Path | str) -> dict[str, np.ndarray]:
+    """What `write_arrays` wrote; RunError when it is damaged (the zip's checksums cover all of it)."""
+    try:
+        with np.load(path) as file:
+            return {name: file[name] for name in file.files}
+    except DAMAGED as error:
+        raise RunError(f"{path} is damaged ({error}): delete it, and it is measured again") from error
+
+
+def kept(path: Path | str, key: str, measure: Callable[[], dict[str, Any]]) -> dict[str, np.ndarray]:
+    """The arrays of the file `path`, measured and written first where it is not there.
+
+    key: `fingerprint` of all that can change them; RunError when the file was written under another one.
+    """
+    if not Path(path).is_file():
+        write_arrays(path, {**measure(), DIGEST: key})
+    arrays = read_arrays(path)
+    if str(arrays.pop(DIGEST, None)) != key:
+        raise RunError(f"{path} holds other images or settings: delete it, and it is measured again")
+    return arrays
+
+
+@contextmanager
+def locked(path: Path | str, what: str) -> Iterator[None]:
+    """Hold the lock file `path`; RunError, naming `what` it guards, when another process holds it."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(path, timeout=0)
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        raise RunError(f"another process is writing {what}: wait, or choose another --out") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+# --- JSON Lines, one record a line, each on disk before the next
+
+
+def append_line(file, record: dict) -> None:
+    """Write a record at the end of a file opened in binary mode, and to disk."""
+    file.write(json.dumps(record).encode() + b"\n")
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def mend_lines(path: Path) -> None:
+    """End the last line of a file, or drop it where it was torn by a process killed while writing it."""
+    content = path.read_bytes()
+    last = content.rpartition(b"\n")[2]
+    if not last:
+        return
+    with open(path, "r+b") as file:
+        if _record(last) is None:
+            file.truncate(len(content) - len(last))
+        else:
+            file.seek(0, os.SEEK_END)
+            file.write(b"\n")
+        os.fsync(file.fileno())
+
+
+def read_lines(path: Path | str) -> list[dict]:
+    """The records of a file, in order. RunError names a line that is none, the torn last one included."""
+    lines = Path(path).read_bytes().split(b"\n")
+    records = [_record(line) for line in (lines if lines[-1] else lines[:-1])]
+    if None in records:
+        raise RunError(f"line {records.index(None) + 1} of {path} is torn or no record: start the file anew")
+    return records
+
+
+def _record(line: bytes) -> dict | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) else None
