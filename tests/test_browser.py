@@ -93,13 +93,11 @@ def lab(tmp_path_factory):
         _wait_for(server, f"{address}/api", log)
         yield f"{address}/doc/tree/live.ipynb?token={token}"
     finally:
-        if server.poll() is None:
-            server.send_signal(signal.SIGTERM)  # the server then ends its kernels
-            try:
-                server.wait(15)
-            except subprocess.TimeoutExpired:
-                os.killpg(server.pid, signal.SIGKILL)
-                server.wait()
+        server.terminate()  # the server then ends its kernels
+        try:
+            server.wait(15)
+        except subprocess.TimeoutExpired:
+            os.killpg(server.pid, signal.SIGKILL)
 
 
 def _wait_for(server, address, log):
@@ -127,26 +125,22 @@ def outputs(browser, lab):
     page.close()
 
 
-# The colour at the picture's middle left: [red, green, blue], or null while there is no picture.
-PIXEL = """picture => {
-  if (!picture.complete || !picture.naturalWidth) return null;
+# Whether a picture's colour at its middle left is [red, green, blue], to the rounding of the PNG.
+IS_COLOUR = """([picture, expected]) => {
+  if (!picture.complete || !picture.naturalWidth) return false;
   const canvas = document.createElement("canvas");
   [canvas.width, canvas.height] = [picture.naturalWidth, picture.naturalHeight];
   const context = canvas.getContext("2d");
   context.drawImage(picture, 0, 0);
-  return Array.from(context.getImageData(5, canvas.height / 2, 1, 1).data.slice(0, 3));
+  const pixel = context.getImageData(5, canvas.height / 2, 1, 1).data;
+  return expected.every((value, k) => Math.abs(pixel[k] - value) <= 1);
 }"""
 
 
 def _expect_colour(area, expected):
-    """Waits until the cell's one picture has the colour (to the rounding of the PNG), or fails with what it had."""
-    picture, limit = area.locator("img"), time.monotonic() + STEP_LIMIT
-    while True:
-        found = picture.evaluate(PIXEL)  # fails when there is a second picture
-        if found is not None and np.abs(np.subtract(found, expected)).max() <= 1:
-            return
-        assert time.monotonic() < limit, f"the picture's colour is {found}, not {expected}"
-        area.page.wait_for_timeout(20)
+    """Waits until the cell's one picture has the colour."""
+    picture = area.locator("img").element_handle()  # fails when there is a second picture
+    area.page.wait_for_function(IS_COLOUR, arg=[picture, list(expected)])
 
 
 def test_live_picture_follows_keyboard_mouse_and_menu(outputs, capsys):
@@ -178,7 +172,7 @@ def test_live_picture_follows_keyboard_mouse_and_menu(outputs, capsys):
     _expect_colour(area, COLOURS["e"])  # while the button is still down
     page.mouse.up()
     area.locator("select").select_option("0.5")
-    _expect_colour(area, np.divide(COLOURS["e"], 2))
+    _expect_colour(area, [c / 2 for c in COLOURS["e"]])
 
 
 def test_live_error_is_text_until_the_next_good_value(outputs):
@@ -198,8 +192,8 @@ def test_live_error_is_text_until_the_next_good_value(outputs):
 
 # --------------------------------------------------------------------------------------------- the report
 
-FACTS = {"revision": "0123456789abcdef" * 2 + "01234567", "finished": "2026-01-02 03:04:05 UTC", "seconds": 61.5,
-         "machine": "Linux x86_64, 2 CPUs"}  # fmt: skip
+FACTS = {"revision": "0123456789abcdef" * 2 + "01234567", "finished": "2026-01-02 03:04:05 UTC", "seconds": 61.5}
+FACTS |= {"machine": "Linux x86_64, 2 CPUs"}
 NOTE = "magnetic_tile is left out: no dataset at /data/" + "a_long_folder_name/" * 6
 INTERVALS = pd.DataFrame(
     {f"metric {k}": ["87.2 [84.1, 90.0]", "n/a", "50.0 [45.0, 55.0]"] for k in range(12)},
@@ -310,11 +304,7 @@ def test_gallery_writes_tables_that_read_back(artifacts):
     assert "AUROC" in latex and latex.count(r"\multicolumn{2}") == 2
 
 
-def test_gallery_lists_exhibits_in_order_and_refuses_bad_names(artifacts, tmp_path):
+def test_gallery_lists_exhibits_in_order(artifacts):
     lines = (artifacts.parent / "exhibits" / "02_divad.jsonl").read_text().splitlines()
     listed = [(entry["kind"], entry["name"]) for entry in map(json.loads, lines)]
     assert listed == [("figure", "02_divad_wide"), ("figure", "02_divad_small"), ("table", "02_divad_levels")]
-    gallery = plots.Gallery("02_divad", tmp_path)
-    with pytest.raises(ValueError, match="lower case.*'No Good'"):
-        gallery.table("No Good", LONG, "")
-    assert list((tmp_path / "tables").iterdir()) == []

@@ -39,7 +39,9 @@ def test_gallery_without_a_folder_writes_nothing(tmp_path, monkeypatch):
 def test_exhibit_names_are_file_names(tmp_path, name):
     with pytest.raises(ValueError, match=name):
         plots.Gallery("x", tmp_path).figure(name, line_figure(), "")
-    assert not list((tmp_path / "figures").iterdir())
+    with pytest.raises(ValueError, match=name):
+        plots.Gallery("x", tmp_path).table(name, pd.DataFrame({"a": [1]}), "")
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.stat().st_size]
 
 
 def test_an_svg_is_the_same_twice(tmp_path):

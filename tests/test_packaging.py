@@ -8,10 +8,12 @@ import tomllib
 from importlib import metadata
 
 import pytest
+import typer
 import yaml
 from test_house import imports
 
 from conftest import ROOT
+from zsad_lib import cli
 
 MEGABYTE = 10**6
 
@@ -98,6 +100,17 @@ def test_version_and_licence_agree():
     assert citation["license"] == project["license"] == "Apache-2.0"
     assert "Apache License" in (ROOT / "LICENSE").read_text()
     assert len(citation["references"]) == 4
+
+
+@pytest.mark.parametrize("text", ["README.md", "CONTRIBUTING.md", "docs/lite_models.md", "Makefile"])
+def test_the_commands_that_a_text_names_exist(text):
+    commands = typer.main.get_command(cli.app).commands
+    named = re.findall(r"\bzsad ([a-z]+)([^`#\n|;),]*)", (ROOT / text).read_text())
+    assert named
+    for name, words in named:
+        assert name in commands, f"zsad {name}"
+        known = {option for parameter in commands[name].params for option in parameter.opts}
+        assert set(re.findall(r"--[a-z-]+", words)) <= known, f"zsad {name}{words}"
 
 
 # --- the tree
