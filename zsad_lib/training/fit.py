@@ -1,12 +1,5 @@
-"""What every training shares: images drawn on the fly, the loop, the model card.
+"""What every training shares: the loop, which resumes where it stopped, and the losses of latent diffusion."""
 
-One loop (`fit`) serves every model: AdamW, cosine learning rate, an exponential moving average (EMA), atomic
-checkpoints, and a random generator that depends on (seed, step) alone, so a resumed run repeats an uninterrupted
-one.
-"""
-
-import json
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,29 +10,44 @@ import torch.nn.functional as F
 from torch.optim.swa_utils import AveragedModel
 from tqdm.auto import tqdm
 
+from zsad_lib import store
 from zsad_lib.errors import TrainingError
+
+BATCH = 16  # with few images in all, many small steps learn more than few large ones
+Loss = Callable[[torch.nn.Module, torch.Generator], torch.Tensor]  # of a model, on a batch that the generator picks
 
 # --- data -------------------------------------------------------------------------------------------------------
 
 
 def to_tensor(images: np.ndarray) -> torch.Tensor:
-    """uint8 [B, H, W, 3] -> float32 [B, 3, H, W] in [-1, 1]."""
+    """uint8 [B,H,W,3] -> float32 [B,3,H,W] in [-1,1]."""
     return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1.0
 
 
+def pick(generator: torch.Generator, count: int, batch: int = BATCH) -> torch.Tensor:
+    """`batch` random indices below `count`."""
+    return torch.randint(0, count, (batch,), generator=generator)
+
+
 @torch.inference_mode()
-def encode_pool(vae, images: np.ndarray, folder: Path, device) -> tuple[torch.Tensor, torch.Tensor]:
-    """The VAE posterior's mean and standard deviation of every training image, kept in ``folder``."""
-    target = folder / "latents.pt"
-    if not target.exists():
+def encode_pool(vae, images: np.ndarray, folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation [N,C,h,w] of the VAE's posterior of every image, kept in `folder` in half precision.
+
+    images: uint8 [N,H,W,3].
+    """
+    kept = folder / "latents.pt"
+    if not kept.exists():
         means, stds = [], []
         for batch in tqdm(np.array_split(images, max(1, len(images) // 64)), desc="encoding", unit="batch"):
-            posterior = vae.encode(to_tensor(batch).to(device)).latent_dist
+            posterior = vae.encode(to_tensor(batch).to(vae.device)).latent_dist
             means.append(posterior.mean.half().cpu())
             stds.append(posterior.std.half().cpu())
-        save_state(target, {"mean": torch.cat(means), "std": torch.cat(stds)})
-    stored = torch.load(target, weights_only=True)
+        _save(kept, {"mean": torch.cat(means), "std": torch.cat(stds)})
+    stored = torch.load(kept, weights_only=True)  # with its memory layout, which the last bits of a training depend on
     return stored["mean"].float(), stored["std"].float()
+
+
+# --- losses -----------------------------------------------------------------------------------------------------
 
 
 def vae_loss(vae, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -54,8 +62,8 @@ def vae_loss(vae, images: torch.Tensor, generator: torch.Generator) -> torch.Ten
     return (y - x).abs().mean() + (y - x).square().mean() + 0.5 * edges + 1e-5 * posterior.kl().mean()
 
 
-def denoising_loss(predict, clean, alphas_cumprod, generator) -> torch.Tensor:
-    """Mean squared error of ``predict(noisy, timesteps)`` against the noise, at random timesteps."""
+def denoising_loss(predict, clean: torch.Tensor, alphas_cumprod: torch.Tensor, generator) -> torch.Tensor:
+    """Mean squared error of `predict(noisy, timesteps)` against the noise, at random timesteps."""
     noise = torch.randn(clean.shape, generator=generator).to(clean.device)
     timesteps = torch.randint(0, len(alphas_cumprod), (len(clean),), generator=generator).to(clean.device)
     alpha = alphas_cumprod[timesteps][:, None, None, None]
@@ -63,98 +71,111 @@ def denoising_loss(predict, clean, alphas_cumprod, generator) -> torch.Tensor:
     return F.mse_loss(predict(noisy, timesteps).float(), noise)
 
 
+def latent_loss(pool: tuple[torch.Tensor, torch.Tensor], scale: float, alphas_cumprod: torch.Tensor, predictor) -> Loss:
+    """The denoising loss on latents drawn from `encode_pool`'s posteriors, times the VAE's scaling factor.
+
+    predictor(model, chosen, generator) -> predict(noisy, timesteps), for the images `chosen` (indices [B]).
+    """
+    mean, std = pool
+
+    def loss(model, generator):
+        chosen = pick(generator, len(mean))
+        noise = torch.randn(mean[chosen].shape, generator=generator)
+        latents = (scale * (mean[chosen] + std[chosen] * noise)).to(alphas_cumprod.device)
+        return denoising_loss(predictor(model, chosen, generator), latents, alphas_cumprod, generator)
+
+    return loss
+
+
 # --- the loop ---------------------------------------------------------------------------------------------------
-
-
-def write_json(path: Path, value) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=1))
-    os.replace(temporary, path)
-
-
-def save_state(path: Path, state: dict) -> None:
-    temporary = path.with_suffix(".tmp")
-    torch.save(state, temporary)
-    os.replace(temporary, path)
 
 
 def fit(
     stage: str,
     model: torch.nn.Module,
-    loss_of: Callable[[torch.nn.Module, torch.Generator], torch.Tensor],
+    loss_of: Loss,
     folder: Path,
     steps: int,
     learning_rate: float,
     seed: int = 0,
     ema_decay: float = 0.995,
     checkpoint_every: int = 250,
-    keep: tuple[int, ...] = (),
+    keep: tuple[int, ...] = (),  # steps after which the EMA is kept besides, as stage-STEP.pt
 ) -> torch.nn.Module:
-    """Minimise ``loss_of(model, generator)`` and return the EMA of ``model``.
+    """Minimise `loss_of(model, generator)` by AdamW; returns the exponential moving average (EMA) of the weights.
 
-    The state is kept in ``folder/stage.pt`` and picked up again when it exists; ``folder/stage.json`` holds the
-    loss of every step and the seconds spent. keep: steps after which the EMA is kept besides, as ``stage-STEP.pt``.
-    bfloat16 autocast where the device multiplies in it.
+    The state is kept in folder/stage.pt and picked up again; folder/stage.json holds every step's loss and the seconds
+    spent. The generator depends on (seed, step) alone, so that a resumed run repeats an uninterrupted one. bfloat16
+    autocast where the device multiplies in it.
     """
-    device = next(model.parameters()).device
+    device, plan, state_file = next(model.parameters()).device, [steps, seed], folder / f"{stage}.pt"
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=1e-2)
     # a short memory at first, or the average of a short run would still hold its random start
     ema = AveragedModel(model, avg_fn=lambda old, new, n: new.lerp(old, min(ema_decay, (1 + int(n)) / (10 + int(n)))))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=1e-2)
-    warmup = min(100, steps // 10 + 1)
-    schedule = torch.optim.lr_scheduler.SequentialLR(
-        optimizer,
-        [
-            torch.optim.lr_scheduler.LinearLR(optimizer, 0.02, 1.0, warmup),
-            torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps - warmup), learning_rate * 0.02),
-        ],
-        [warmup],
-    )
-    state_file, start, losses, seconds = folder / f"{stage}.pt", 0, [], 0.0
+    schedule = _warm_up_and_cosine(optimizer, steps)
     parts = {"model": model, "ema": ema, "optimizer": optimizer, "schedule": schedule}
-    if state_file.exists():
-        state = torch.load(state_file, map_location=device, weights_only=True)
-        if state["plan"] != [steps, seed]:
-            raise TrainingError(
-                f"{state_file} belongs to a run of {state['plan'][0]} steps with seed {state['plan'][1]}; "
-                f"this one has {steps} steps with seed {seed}. Delete the folder or choose another."
-            )
-        for key, part in parts.items():
-            part.load_state_dict(state[key])
-        start, losses, seconds = state["step"], state["losses"], state["seconds"]
+    start, losses, before = _resume(state_file, parts, plan, device)
     model.train()
     clock = time.perf_counter()
-    with tqdm(total=steps, initial=start, desc=stage, unit="step") as bar:
-        for step in range(start, steps):
-            generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-            torch.manual_seed(seed * 1_000_003 + step)
-            with torch.autocast(device.type, torch.bfloat16, enabled=_has_bfloat16(device)):
-                loss = loss_of(model, generator)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            ema.update_parameters(model)
-            losses.append(round(loss.item(), 5))
-            bar.update()
-            bar.set_postfix(loss=f"{np.mean(losses[-50:]):.4f}")
-            if step + 1 in keep:
-                save_state(folder / f"{stage}-{step + 1}.pt", ema.module.state_dict())
-            if (step + 1) % checkpoint_every == 0 or step + 1 == steps:
-                spent = seconds + time.perf_counter() - clock
-                state = {key: part.state_dict() for key, part in parts.items()}
-                plan = {"plan": [steps, seed], "step": step + 1, "losses": losses, "seconds": spent}
-                save_state(state_file, {**state, **plan})
-                write_json(folder / f"{stage}.json", {**plan, "seconds": round(spent, 1)})
+    bar = tqdm(range(start, steps), initial=start, total=steps, desc=stage, unit="step")
+    for step in bar:
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+        torch.manual_seed(seed * 1_000_003 + step)
+        with torch.autocast(device.type, torch.bfloat16, enabled=_has_bfloat16(device)):
+            loss = loss_of(model, generator)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        ema.update_parameters(model)
+        losses.append(round(loss.item(), 5))
+        bar.set_postfix(loss=f"{np.mean(losses[-50:]):.4f}")
+        if step + 1 in keep:
+            _save(folder / f"{stage}-{step + 1}.pt", ema.module.state_dict())
+        if (step + 1) % checkpoint_every == 0 or step + 1 == steps:
+            seconds = before + time.perf_counter() - clock
+            log = {"plan": plan, "step": step + 1, "losses": losses, "seconds": seconds}
+            _save(state_file, {key: part.state_dict() for key, part in parts.items()} | log)
+            store.write_json(folder / f"{stage}.json", log | {"seconds": round(seconds, 1)})
     return ema.module.eval()
+
+
+def fit_autoencoder(vae, images: np.ndarray, folder: Path, steps: int, seed: int, learning_rate: float):
+    """The stage "vae": `vae` trained on images, uint8 [N,H,W,3]."""
+
+    def loss(model, generator):
+        return vae_loss(model, to_tensor(images[pick(generator, len(images)).numpy()]).to(vae.device), generator)
+
+    return fit("vae", vae, loss, folder, steps, learning_rate, seed, ema_decay=0.99)
+
+
+def _warm_up_and_cosine(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
+    warm_up, schedulers = min(100, steps // 10 + 1), torch.optim.lr_scheduler
+    rise = schedulers.LinearLR(optimizer, 0.02, 1.0, warm_up)
+    fall = schedulers.CosineAnnealingLR(optimizer, max(1, steps - warm_up), optimizer.defaults["lr"] * 0.02)
+    return schedulers.SequentialLR(optimizer, [rise, fall], [warm_up])
+
+
+def _resume(path: Path, parts: dict, plan: list[int], device: torch.device) -> tuple[int, list[float], float]:
+    """(steps done, their losses, seconds) of a saved state, put into its parts; of no state, zeros."""
+    if not path.exists():
+        return 0, [], 0.0
+    state = torch.load(path, map_location=device, weights_only=True)
+    if state["plan"] != plan:
+        raise TrainingError(
+            f"{path} belongs to a run of {state['plan'][0]} steps with seed {state['plan'][1]}; "
+            f"this one has {plan[0]} steps with seed {plan[1]}. Delete the folder or choose another."
+        )
+    for key, part in parts.items():
+        part.load_state_dict(state[key])
+    return state["step"], state["losses"], state["seconds"]
+
+
+def _save(path: Path, state: dict) -> None:
+    with store.writing(path) as temporary:
+        torch.save(state, temporary)
 
 
 def _has_bfloat16(device: torch.device) -> bool:
     return device.type == "cuda" or (device.type == "cpu" and torch.cpu._is_avx512_bf16_supported())
-
-
-def pick(generator: torch.Generator, count: int, batch: int) -> torch.Tensor:
-    return torch.randint(0, count, (batch,), generator=generator)
-
-
-# --- model cards --------------------------------------------------------------------------------------------------

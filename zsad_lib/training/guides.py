@@ -1,159 +1,232 @@
-"""Training of semantic guidance: DZAD's on an auxiliary set, VLMDiff's on the set itself with captions as text.
+"""Training of semantic guidance on a data set: DZAD's on an auxiliary one, VLMDiff's on the set itself with captions.
 
 The frozen part of the base model is never stored again (`guidance.save_guided`).
 """
 
-import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from diffusers import UNet2DConditionModel
 from tqdm.auto import tqdm
 
+from zsad_lib import store
 from zsad_lib.data.captions import load_captioner, read_captions
 from zsad_lib.data.datasets import load_dataset
 from zsad_lib.data.images import load_images
-from zsad_lib.diffusion.guidance import SETTINGS, SemanticGuide, guided_unet, save_guided, train_guided
-from zsad_lib.diffusion.latent import extend_schedule, load_backbone
+from zsad_lib.diffusion.guidance import (
+    INITIALISATIONS,
+    MODES,
+    SETTINGS,
+    SemanticGuide,
+    guided_unet,
+    save_guided,
+    trainable_parameters,
+)
+from zsad_lib.diffusion.latent import EXTENSIONS, Backbone, extend_schedule, load_backbone
 from zsad_lib.errors import TrainingError
-from zsad_lib.training.fit import denoising_loss, encode_pool, fit, pick, to_tensor, vae_loss, write_json
-from zsad_lite import synthad
-from zsad_lite.training.cards import write_card
-from zsad_lite.training.pools import GENERIC, draw_pool
+from zsad_lib.training.cards import write_card
+from zsad_lib.training.fit import Loss, encode_pool, fit, fit_autoencoder, latent_loss, to_tensor
+from zsad_lib.training.recipe import Recipe
 
-SYNTHAD = {"synthad": tuple(synthad.CATEGORIES), **{f"synthad-{g}": tuple(c) for g, c in synthad.GROUPS.items()}}
-BATCH = 16
+EMPTY = 0.2  # share of the training texts: test time needs the empty prompt, as text or to be guided away from
+Texts = Callable[[torch.Tensor, torch.Generator], torch.Tensor]  # (chosen [B], generator) -> embeddings [B,L,D]
+
+
+class TrainingImages(NamedTuple):
+    pixels: np.ndarray  # uint8 [N,S,S,3]
+    source: str  # what they are, for the model card
+    ids: list[str] | None  # of a data set's images; drawings have none
 
 
 class GuidedUNet(torch.nn.Module):
-    """A U-Net and its guide as one network: of latents, timesteps, text and the images themselves."""
+    """A U-Net and its guide as one network, of latents, timesteps, text and the images in [0,1]; or without a guide."""
 
-    def __init__(self, unet, guide, mode):
+    def __init__(self, unet, guide: SemanticGuide | None = None, mode: str = "only mid"):
         super().__init__()
         self.unet, self.guide, self.mode = unet, guide, mode
 
     def forward(self, latents, timesteps, text, images):
+        if self.guide is None:
+            return self.unet(latents, timesteps, text).sample
         return guided_unet(self.unet, self.guide, latents, timesteps, text, self.guide.embed(images), self.mode)
 
 
-def normal_images(train_on: str, work: Path, size: int, per_category: int, seed: int, root=None):
-    """Normal images to train on: uint8 [N,size,size,3], a sentence of what they are, and their ids (of drawings: None).
+@dataclass(frozen=True)
+class GuideRecipe(Recipe):
+    train_on: str | None = None  # a data set: the normal images of its training split
+    root: str | None = None  # its folder (default: data/NAME)
+    base: str = "stable-diffusion-1.5"  # the pipeline it starts from
+    learning_rate: float = 1e-5
+    mode: str = "only mid"  # which of the guide's results are added: see guidance.guided_unet
+    initialisation: str = "trainable"  # of the fusion: see guidance.FeatureFusion
 
-    train_on: "synthad", "synthad-A" or "synthad-B" for new drawings, or a dataset's name for its training split, kept
-    below `root`. TrainingError when that has no normal image.
+    def check(self) -> None:
+        if self.train_on is None:
+            raise TrainingError("this recipe needs --train-on, a data set's name")
+        _known("mode", self.mode, MODES)
+        _known("initialisation", self.initialisation, INITIALISATIONS)
+
+    def images(self, work: Path, size: int, seed: int) -> TrainingImages:
+        """What it is trained on."""
+        return dataset_images(self.train_on, size, self.root)
+
+
+@dataclass(frozen=True)
+class DZADRecipe(GuideRecipe):
+    """DZAD's semantic guidance, from normal images of an auxiliary set, without prompts.
+
+    Trained: the guide, and the U-Net's decoder and output.
     """
-    if train_on is None:
-        raise TrainingError(f"this recipe needs --train-on: {', '.join(SYNTHAD)}, or a dataset's name")
-    if train_on in SYNTHAD:
-        categories = SYNTHAD[train_on]
-        images, _ = draw_pool(work, categories, per_category, seed, size=size)
-        return images, f"{len(images)}: {per_category} drawings of each of {', '.join(categories)}", None
-    samples = [s for s in load_dataset(train_on, root, split="train").samples if s.label == 0]
+
+    timesteps: int = 1000  # of the training schedule
+    schedule: str = "rebuilt"  # how it is extended to them: see latent.extend_schedule
+
+    def check(self) -> None:
+        super().check()
+        _known("schedule", self.schedule, EXTENSIONS)
+
+    def train(self, out: Path, work: Path, seed: int, device: torch.device) -> None:
+        backbone = load_backbone(self.base, device, torch.float32)
+        levels = extend_schedule(backbone.scheduler, self.timesteps, self.schedule).alphas_cumprod
+        images = self.images(work, backbone.image_size, seed)
+        text = backbone.embed([""])
+        loss = denoiser_loss(work, backbone, images, lambda chosen, _: text.expand(len(chosen), -1, -1), levels)
+        model = fit_guide(self, backbone, loss, work, seed)
+        facts = {"base": self.base, "train_on": self.train_on, "mode": self.mode,
+                 "initialisation": self.initialisation, "timesteps": self.timesteps,
+                 "schedule": self.schedule}  # fmt: skip
+        save_guided(out, model.unet.half(), model.guide.half(), facts)
+        write_card(
+            out, work, "diffusers",
+            f"DZAD's semantic guidance for {self.base}: the guide and the U-Net's trained decoder, from normal images "
+            "only, without prompts. The frozen parts are the base's and are not stored again.",
+            f"Of products it has seen normal images of {self.train_on} alone; what it does with others is what the "
+            "cross protocol measures.",
+            {"training images": images.source, "mode": self.mode, "initialisation of the fusion": self.initialisation,
+             "training timesteps": f"{self.timesteps} ({self.schedule})"},
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class VLMDiffRecipe(GuideRecipe):
+    """VLMDiff: semantic guidance with captions as text, on normal images of all classes together."""
+
+    captioner: str | None = None  # what describes the images, where there is no file of captions
+    captions: str | None = None  # of `zsad caption DATASET --split train`, which can be interrupted
+    vae_steps: int = 0  # stage 1 of the paper: the autoencoder is fine-tuned on the images first
+    widths: Sequence[int] | None = None  # a new U-Net of these takes the place of the base's
+    unet_steps: int = 0  # how long that is trained, with the base's text encoder
+
+    def check(self) -> None:
+        super().check()
+        if not (self.captioner or self.captions):
+            raise TrainingError("this recipe needs a captioner: --set captioner=NAME, or captions=FILE of zsad caption")
+
+    def train(self, out: Path, work: Path, seed: int, device: torch.device) -> None:
+        backbone = load_backbone(self.base, device, torch.float32)
+        images = self.images(work, backbone.image_size, seed)
+        if self.captions:
+            captions = captions_of_file(self.captions, images.ids)
+        else:
+            captions = captions_of_model(self.captioner, images.pixels, work, device)
+        if self.vae_steps:
+            tune_autoencoder(backbone.vae, images.pixels, work, self.vae_steps, seed)
+        texts = embeddings_of(captions, backbone)
+        loss = denoiser_loss(work, backbone, images, texts, backbone.alphas_cumprod)
+        if self.widths:
+            backbone.unet = train_unet(backbone.unet, self.widths, loss, work, self.unet_steps, seed)
+        model = fit_guide(self, backbone, loss, work, seed)
+        save_pipeline(out, backbone.vae, backbone.text_encoder, backbone.tokenizer, model.unet, backbone.scheduler)
+        model.guide.half().save_pretrained(out / "guide")
+        said_by = self.captions or self.captioner
+        facts = {"train_on": self.train_on, "captioner": said_by, "mode": self.mode,
+                 "initialisation": self.initialisation, "timesteps": len(backbone.alphas_cumprod),
+                 "schedule": "rebuilt"}  # fmt: skip
+        store.write_json(out / SETTINGS, facts)
+        write_card(
+            out, work, "diffusers",
+            "VLMDiff's multi-class model: a latent diffusion pipeline with semantic guidance (the folder guide), "
+            "trained on normal images of every class together, with a captioner's sentences as text.",
+            f"Autoencoder{' (fine-tuned)' if self.vae_steps else ''} and text encoder are {Path(self.base).name}'s. It "
+            f"knows the normal images of {self.train_on}; others come back as the nearest thing it knows.",
+            {"training images": images.source, "captions": f"by {said_by}, left out for {EMPTY:.0%}",
+             "mode": self.mode, "initialisation of the fusion": self.initialisation},
+        )  # fmt: skip
+
+
+RECIPES = {"dzad": DZADRecipe(100_000), "vlmdiff": VLMDiffRecipe(100_000, vae_steps=10_000)}
+
+
+def _known(option: str, value: str, values: Sequence[str]) -> None:
+    if value not in values:
+        raise TrainingError(f"{option} {value!r} is unknown; use one of {list(values)}")
+
+
+def dataset_images(name: str, size: int, root: str | Path | None = None) -> TrainingImages:
+    """The normal images of a data set's training split, `size` pixels wide."""
+    samples = [sample for sample in load_dataset(name, root, split="train").samples if sample.label == 0]
     if not samples:
-        raise TrainingError(f"{train_on} has no normal image to train on")
+        raise TrainingError(f"{name} has no normal image to train on")
     pixels = [(load_images([s], size) * 255).round().byte() for s in tqdm(samples, desc="reading", unit="img")]
     images = torch.cat(pixels).permute(0, 2, 3, 1).numpy()
-    return images, f"{len(samples)} normal images of {train_on}", [sample.id for sample in samples]
+    return TrainingImages(images, f"{len(samples)} normal images of {name}", [sample.id for sample in samples])
 
 
-def denoiser_loss(work, backbone, images, texts, alphas_cumprod):
-    """The loss of `training.fit` (DZAD, eq. 8) for a network of (latents, timesteps, text, images in [0,1]).
-
-    images: uint8 [N,S,S,3]; texts(chosen, generator) -> text embeddings [B,L,D] of the images `chosen` (indices [B]).
-    TrainingError for a backbone that does not predict noise.
-    """
+def denoiser_loss(
+    work: Path, backbone: Backbone, images: TrainingImages, texts: Texts, alphas_cumprod: torch.Tensor
+) -> Loss:
+    """The loss of `fit` (DZAD, eq. 8) for a GuidedUNet."""
     if backbone.prediction_type != "epsilon":
         raise TrainingError(f"{backbone.name} predicts {backbone.prediction_type}, and eq. 8 trains a predicted noise")
-    device, scale = backbone.device, backbone.vae.config.scaling_factor
-    mean, std = encode_pool(backbone.vae, images, work, device)
-    alphas_cumprod = alphas_cumprod.to(device)
 
-    def loss(model, generator):
-        chosen = pick(generator, len(images), BATCH)
-        noise = torch.randn(mean[chosen].shape, generator=generator)
-        latents = (scale * (mean[chosen] + std[chosen] * noise)).to(device)
-        pixels = ((to_tensor(images[chosen.numpy()]) + 1) / 2).to(device)
-        words = texts(chosen, generator)
-        return denoising_loss(lambda z, t: model(z, t, words, pixels), latents, alphas_cumprod, generator)
+    def predictor(model, chosen, generator):
+        pixels = ((to_tensor(images.pixels[chosen.numpy()]) + 1) / 2).to(backbone.device)
+        text = texts(chosen, generator)
+        return lambda z, t: model(z, t, text, pixels)
 
-    return loss
+    pool = encode_pool(backbone.vae, images.pixels, work)
+    return latent_loss(pool, backbone.vae.config.scaling_factor, alphas_cumprod.to(backbone.device), predictor)
 
 
-def fit_guide(work, backbone, loss, steps, seed, learning_rate, mode, initialisation) -> GuidedUNet:
+def fit_guide(recipe: GuideRecipe, backbone: Backbone, loss: Loss, work: Path, seed: int) -> GuidedUNet:
     """Train a new guide, and the decoder and output of the backbone's U-Net."""
     torch.manual_seed(seed)
-    guide = SemanticGuide.from_unet(backbone.unet, backbone.scale_factor.bit_length() - 1, initialisation)
-    train_guided(backbone.unet, guide)
-    return fit("guide", GuidedUNet(backbone.unet, guide, mode), loss, work, steps, learning_rate, seed)
+    guide = SemanticGuide.from_unet(backbone.unet, backbone.scale_factor.bit_length() - 1, recipe.initialisation)
+    trainable_parameters(backbone.unet, guide)
+    model = GuidedUNet(backbone.unet, guide, recipe.mode)
+    return fit("guide", model, loss, work, recipe.steps, recipe.learning_rate, seed)
 
 
-def train_dzad(
-    out: Path,
-    work: Path,
-    steps: int,
-    seed: int,
-    device,
-    train_on: str,
-    base: str,
-    per_category: int,
-    learning_rate: float,
-    timesteps: int = 1000,
-    schedule: str = "rebuilt",
-    mode: str = "only mid",
-    initialisation: str = "trainable",
-    pictures: int = 0,
-    root=None,
-) -> None:
-    """DZAD's semantic guidance beside the pipeline `base`, from normal images of an auxiliary set, without prompts.
+def save_pipeline(out: Path, vae, text_encoder, tokenizer, unet, scheduler) -> None:
+    """Write a StableDiffusionPipeline directory in half precision; the networks are halved in place."""
+    from diffusers import StableDiffusionPipeline  # at the top it would warn of torchvision, which nothing here uses
 
-    Trained: the guide, and the U-Net's decoder and output. timesteps, schedule: the training timesteps
-    (`backbones.extend_schedule`); mode, initialisation: see guidance.py. pictures: how many pictures of no product are
-    mixed in (`training.draw_pool`), so that a small decoder does not forget what it knew of them.
-    """
-    backbone = load_backbone(base, device, torch.float32)
-    images, source, _ = normal_images(train_on, work, backbone.image_size, per_category, seed, root)
-    if pictures:
-        others, _ = draw_pool(work / "pictures", (), 0, seed, size=backbone.image_size, pictures=pictures)
-        images, source = np.concatenate([images, others]), f"{source}; {len(others)} {GENERIC}"
-    levels = extend_schedule(backbone.scheduler, timesteps, schedule).alphas_cumprod
-    text = backbone.embed([""])
-    loss = denoiser_loss(work, backbone, images, lambda chosen, _: text.expand(len(chosen), -1, -1), levels)
-    model = fit_guide(work, backbone, loss, steps, seed, learning_rate, mode, initialisation)
-    facts = {"base": base, "train_on": train_on, "mode": mode, "initialisation": initialisation,
-             "timesteps": timesteps, "schedule": schedule}  # fmt: skip
-    save_guided(out, model.unet.half(), model.guide.half(), facts)
-    write_card(
-        out, work, "diffusers",
-        f"DZAD's semantic guidance for {facts['base']}: the guide and the U-Net's trained decoder, from normal images "
-        "only, without prompts. The frozen parts are the base's and are not stored again.",
-        f"Of products it has seen normal images of {train_on} alone; what it does with others is what the cross "
-        "protocol measures.",
-        {"training images": source, "mode": mode, "initialisation of the fusion": initialisation,
-         "training timesteps": f"{timesteps} ({schedule})"},
-    )  # fmt: skip
+    StableDiffusionPipeline(
+        vae=vae.half(), text_encoder=text_encoder.half(), tokenizer=tokenizer, unet=unet.half(), scheduler=scheduler,
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    ).save_pretrained(out)  # fmt: skip
 
 
-# --- VLMDiff ------------------------------------------------------------------------------------------------------
-
-EMPTY = 0.2  # of the training texts: test time needs the empty prompt, as text or to be guided away from
+# --- of VLMDiff alone -----------------------------------------------------------------------------------------------
 
 
-def caption_pool(captioner: str, images: np.ndarray, work: Path, device) -> list[str]:
-    """What a captioner says of every training image, kept in ``work``."""
-    target = work / "captions.json"
-    if not target.exists():
-        speak = load_captioner(captioner, device)
+def captions_of_model(captioner: str, images: np.ndarray, work: Path, device) -> list[str]:
+    """What a captioner says of every image, uint8 [N,H,W,3]; kept in `work`."""
+    kept = work / "captions.json"
+    if not kept.exists():
+        describe = load_captioner(captioner, device)
         batches = np.array_split(images, max(1, len(images) // 64))
-        said = [speak((to_tensor(batch) + 1) / 2) for batch in tqdm(batches, desc="captioning", unit="batch")]
-        write_json(target, [caption for batch in said for caption in batch])
-    return json.loads(target.read_text())
+        said = [describe((to_tensor(batch) + 1) / 2) for batch in tqdm(batches, desc="captioning", unit="batch")]
+        store.write_json(kept, [caption for batch in said for caption in batch])
+    return store.read_json(kept)
 
 
-def told(path: str, ids: list[str] | None) -> list[str]:
-    """The captions of the images `ids` in a file of `zsad caption`. TrainingError names those that have none."""
-    if ids is None:
-        raise TrainingError("new drawings have no caption file: leave captions out, the captioner describes them")
+def captions_of_file(path: str | Path, ids: list[str]) -> list[str]:
+    """The captions of the images `ids` in a file of `zsad caption`."""
     said = read_captions(path)
     missing = [name for name in ids if name not in said]
     if missing:
@@ -161,68 +234,8 @@ def told(path: str, ids: list[str] | None) -> list[str]:
     return [said[name] for name in ids]
 
 
-def train_vlmdiff(
-    out: Path,
-    work: Path,
-    steps: int,
-    seed: int,
-    device,
-    train_on: str,
-    base: str,
-    captioner: str | None,
-    per_category: int,
-    learning_rate: float,
-    captions: str | None = None,
-    widths=None,
-    unet_steps: int = 0,
-    vae_steps: int = 0,
-    mode: str = "only mid",
-    initialisation: str = "trainable",
-    root=None,
-) -> None:
-    """VLMDiff: semantic guidance with captions as text, on normal images of all classes together.
-
-    base: the pipeline it starts from. vae_steps: its autoencoder is fine-tuned on the images first (the paper's stage
-    1). widths, unet_steps: another U-Net of these widths takes the place of the base's, trained on the same images and
-    captions with the base's frozen text encoder. captions: a file of `zsad caption DATASET --split train`, which can be
-    interrupted; without it the captioner describes the images here.
-    """
-    if not (captioner or captions):
-        raise TrainingError("this recipe needs a captioner: --set captioner=NAME, or captions=FILE of zsad caption")
-    backbone = load_backbone(base, device, torch.float32)
-    images, source, ids = normal_images(train_on, work, backbone.image_size, per_category, seed, root)
-    said = told(captions, ids) if captions else caption_pool(captioner, images, work, device)
-    if vae_steps:
-        tune_autoencoder(backbone.vae, images, work, vae_steps, seed)
-    loss = denoiser_loss(work, backbone, images, embed_texts(backbone, said), backbone.alphas_cumprod)
-    if widths:
-        backbone.unet = train_unet(backbone.unet, widths, loss, work, unet_steps, seed)
-    model = fit_guide(work, backbone, loss, steps, seed, learning_rate, mode, initialisation)
-    parts = {"vae": backbone.vae, "text_encoder": backbone.text_encoder, "unet": model.unet}
-    from diffusers import StableDiffusionPipeline  # see recipes.py
-
-    pipeline = StableDiffusionPipeline(
-        **{name: part.half() for name, part in parts.items()}, tokenizer=backbone.tokenizer,
-        scheduler=backbone.scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-    )  # fmt: skip
-    pipeline.save_pretrained(out)
-    model.guide.half().save_pretrained(out / "guide")
-    facts = {"train_on": train_on, "captioner": captions or captioner, "mode": mode, "initialisation": initialisation,
-             "timesteps": len(backbone.alphas_cumprod), "schedule": "rebuilt"}  # fmt: skip
-    write_json(out / SETTINGS, facts)
-    write_card(
-        out, work, "diffusers",
-        "VLMDiff's multi-class model: a latent diffusion pipeline with semantic guidance (the folder guide), trained "
-        "on normal images of every class together, with a captioner's sentences as text.",
-        f"Autoencoder{' (fine-tuned)' if vae_steps else ''} and text encoder are {Path(base).name}'s. It knows the "
-        f"normal images of {train_on}; others come back as the nearest thing it knows.",
-        {"training images": source, "captions": f"by {facts['captioner']}, left out for {EMPTY:.0%}", "mode": mode,
-         "initialisation of the fusion": initialisation},
-    )  # fmt: skip
-
-
-def embed_texts(backbone, captions):
-    """texts(chosen, generator) of `denoiser_loss` for one caption an image; a share EMPTY of them is left out."""
+def embeddings_of(captions: list[str], backbone: Backbone) -> Texts:
+    """The texts of `denoiser_loss` for one caption an image; a share EMPTY of them is left out."""
     known = {caption: row for row, caption in enumerate(dict.fromkeys(["", *captions]))}
     with torch.no_grad():
         embedded = torch.cat([backbone.embed([caption]) for caption in tqdm(known, desc="embedding", unit="caption")])
@@ -235,33 +248,15 @@ def embed_texts(backbone, captions):
     return texts
 
 
-def tune_autoencoder(vae, images, work, steps, seed):
+def tune_autoencoder(vae, images: np.ndarray, work: Path, steps: int, seed: int) -> None:
     """Stage 1: fine-tune the autoencoder in place; its scaling factor stays."""
-    vae.requires_grad_(True)
-
-    def loss(model, generator):
-        chosen = pick(generator, len(images), BATCH)
-        return vae_loss(model, to_tensor(images[chosen.numpy()]).to(vae.device), generator)
-
-    tuned = fit("vae", vae, loss, work, steps, 1e-4, seed, ema_decay=0.99)
+    tuned = fit_autoencoder(vae.requires_grad_(True), images, work, steps, seed, 1e-4)
     vae.load_state_dict(tuned.state_dict())
     vae.eval().requires_grad_(False)
 
 
-class PlainUNet(torch.nn.Module):
-    """A U-Net with the arguments of a GuidedUNet; it does not look at the images."""
-
-    def __init__(self, unet):
-        super().__init__()
-        self.unet = unet
-
-    def forward(self, latents, timesteps, text, images):
-        return self.unet(latents, timesteps, text).sample
-
-
-def train_unet(like, widths, loss, work, steps, seed, learning_rate=8e-4) -> UNet2DConditionModel:
+def train_unet(like, widths, loss: Loss, work: Path, steps: int, seed: int) -> UNet2DConditionModel:
     """A new U-Net of these widths, in all else configured as `like`, trained without a guide; frozen."""
     torch.manual_seed(seed)
     unet = UNet2DConditionModel.from_config(like.config, block_out_channels=widths).to(like.device)
-    trained = fit("unet", PlainUNet(unet), loss, work, steps, learning_rate, seed)
-    return trained.unet.requires_grad_(False)
+    return fit("unet", GuidedUNet(unet), loss, work, steps, 8e-4, seed).unet.requires_grad_(False)

@@ -29,6 +29,7 @@ from zsad_lib.methods import BASELINES, CONTROLS, make_method
 from zsad_lib.notebook import plots
 from zsad_lib.profiles import PROFILES, profile_options
 from zsad_lite import synthad
+from zsad_lite.synthad.truth import check_captions
 from zsad_lite.training.cards import read_log
 from zsad_lite.training.pools import photograph_crops
 
@@ -96,11 +97,11 @@ def autoencoder_table(per_category: int = 16) -> pd.DataFrame:
 
 def captioner_table(per_category: int = 16) -> tuple[pd.DataFrame, pd.DataFrame]:
     """(table, statements): the captioner on held-out drawings, percent of right statements by category, with
-    intervals over images; and every statement with whether it was made (`captions.check` and a column category)."""
+    intervals over images; and every statement with whether it was made (`check_captions` and a column category)."""
     captioner, parts = captions.load_captioner(CAPTIONER), []
     for category in synthad.CATEGORIES:
         images, truth = held_out(category, per_category)
-        parts.append(captions.check(captioner(images), truth).assign(category=category))
+        parts.append(check_captions(captioner(images), truth).assign(category=category))
     statements = pd.concat(parts, ignore_index=True)
 
     def cells(part):
@@ -223,7 +224,7 @@ def guidance_table(names=GUIDED, per_category: int = 8, timesteps=(101, 501, 901
 def _predictions(name, images, said):
     """{how: (backbone, its noise prediction (z, t) for these images)}."""
     model, empty = load_guided(name, "cpu"), [""] * len(images)
-    seeing, plain = model.seeing(images), load_backbone(model.facts.get("base", name), "cpu")
+    seeing, plain = model.condition_on(images), load_backbone(model.facts.get("base", name), "cpu")
     kinds = {"its base, without a guide" if "base" in model.facts else "without the guide": (plain, empty)}
     kinds["with the guide"] = (seeing, empty)
     if "captioner" in model.facts:
