@@ -17,6 +17,8 @@ from PIL import Image
 
 from zsad_lib import store
 from zsad_lib.data.images import read_image
+from zsad_lib.data.readers import Sample
+from zsad_lib.evaluation.runs import Results
 
 sns.set_theme(context="notebook", style="white", font_scale=0.9)
 plt.rcParams.update({"figure.dpi": 90, "savefig.dpi": 160, "image.interpolation": "nearest", "svg.hashsalt": "zsad"})
@@ -38,6 +40,7 @@ class Gallery:
             self._listing.write_bytes(b"")
 
     def figure(self, name: str, figure: Figure, caption: str) -> None:
+        """Show a figure and close it."""
         if self.out:
             target = self.out / "figures" / self._record("figure", name, caption)
             figure.savefig(f"{target}.png", bbox_inches="tight")
@@ -46,6 +49,7 @@ class Gallery:
         plt.close(figure)
 
     def table(self, name: str, frame: pd.DataFrame, caption: str) -> None:
+        """Show a table."""
         if self.out:
             target = self.out / "tables" / self._record("table", name, caption)
             latex = frame.to_latex(escape=True, caption=caption, label=f"tab:{target.name}")
@@ -123,19 +127,20 @@ def _draw(axis: Axes, picture: torch.Tensor | None, cmap: str | None = None, top
 
 
 def overlay(image: torch.Tensor, anomaly_map: torch.Tensor, top: float | None = None) -> torch.Tensor:
-    """The map's square root (or weak spots would not show) as a heat over a grey version of the image: [3, H, W] in
-    [0, 1]; ``top`` is the map's hottest value."""
+    """A map's square root (or weak spots would not show) as heat over the grey image, [3, H, W] in [0, 1].
+
+    top: the value that is hottest (default: the map's own highest).
+    """
     heat = (anomaly_map / (top or anomaly_map.max().clamp_min(1e-12))).clamp(0, 1).sqrt()
     colours = torch.tensor(plt.get_cmap("magma")(heat.numpy())[..., :3]).permute(2, 0, 1).float()
     grey = image.mean(0, keepdim=True).expand(3, -1, -1)
     return 0.45 * grey + 0.55 * colours
 
 
-def save_heatmaps(results, samples, folder: str | Path) -> Path:
-    """Write image and overlay side by side for every scored sample, named by rank and score, hottest first.
+def save_heatmaps(results: Results, samples: Sequence[Sample], folder: str | Path) -> Path:
+    """Write image and overlay side by side for every sample of a run, named by rank and score, hottest first.
 
-    results: of a run, with maps [N, H, H]; samples: its N samples. One colour scale for all, so that a normal image
-    looks cool. Returns the folder.
+    One colour scale for all, so that a normal image looks cool. Returns the folder.
     """
     folder, maps = Path(folder), torch.from_numpy(results.maps)
     folder.mkdir(parents=True, exist_ok=True)

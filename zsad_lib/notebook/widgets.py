@@ -3,6 +3,7 @@
 import html
 import io
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import ipywidgets as widgets
 import matplotlib.pyplot as plt
@@ -11,7 +12,7 @@ from matplotlib.figure import Figure
 WHOLE_LABEL = {"description_width": "initial"}
 
 
-def slider(label: str, options: Sequence, value=None) -> widgets.SelectionSlider:
+def slider(label: str, options: Sequence, value: Any = None) -> widgets.SelectionSlider:
     """A slider over given values (timesteps, scales...), dragged or moved with the arrow keys."""
     options = list(options)
     value = options[len(options) // 2] if value is None else value
@@ -19,7 +20,8 @@ def slider(label: str, options: Sequence, value=None) -> widgets.SelectionSlider
     return widgets.SelectionSlider(options=options, value=value, continuous_update=True, **shown)
 
 
-def menu(label: str, options: Sequence, value=None) -> widgets.Dropdown:
+def menu(label: str, options: Sequence, value: Any = None) -> widgets.Dropdown:
+    """A menu of given values."""
     options = list(options)
     value = options[0] if value is None else value
     return widgets.Dropdown(options=options, value=value, description=label, style=WHOLE_LABEL)
