@@ -1,4 +1,4 @@
-"""zsad_lib.backbones: golden parity of text encoder and VAE, guidance, loading that never guesses."""
+"""zsad_lib.diffusion.latent, anomaly.features: golden parity, guidance, loading that never guesses."""
 
 import json
 import shutil
@@ -146,7 +146,7 @@ def test_load_backbone(saved):
 
 
 def test_encode_refuses_sizes_the_vae_cannot_divide():
-    with pytest.raises(ValueError, match="30x32 px: both sides must be multiples of 4"):
+    with pytest.raises(ModelError, match="30x32 .* 4$"):
         tiny_backbone().encode(torch.rand(1, 3, 30, 32))
 
 
@@ -186,7 +186,7 @@ def test_v_prediction():
 
 
 def test_prompts_too_long_are_announced():
-    with pytest.warns(UserWarning, match="cut from 32 to 24 tokens: 'aaaa"):
+    with pytest.warns(UserWarning, match="32 to 24 tokens: 'aaaa"):
         assert tiny_backbone().embed(["a" * 30]).shape == (1, 24, 16)
 
 
@@ -204,22 +204,24 @@ def test_half_precision_files_are_widened_on_the_cpu(copy):
     assert half.unet.dtype == half.text_encoder.dtype == torch.float16 and half.vae.dtype == torch.float32
     eps = half.predict_noise(torch.randn(1, 4, 8, 8), 101, half.embed(["a"]))
     assert eps.dtype == torch.float32 and torch.isfinite(eps).all()
-    with pytest.raises(ModelError, match="dtype 'int8' is unknown"):
+    with pytest.raises(ModelError, match="'int8'"):
         load_backbone(copy, device="cpu", dtype="int8")
 
 
 def test_random_weights(saved):
-    """The controls: the named parts are new, the rest stays, twice the same, and the name and config tell."""
-    plain, unet, everything = (load_backbone(saved, "cpu", random_weights=r) for r in (None, "unet", "all"))
-    assert "random U-Net" in unet.name and "random weights" in everything.name
-    assert len({b.config["weights"] for b in (plain, unet, everything)}) == 3
+    """The controls: the named parts are new, the rest stays, twice the same, and label and config tell."""
+    plain, unet, everything = models = [load_backbone(saved, "cpu", random_weights=r) for r in (None, "unet", "all")]
+    assert [model.name for model in models] == ["tiny"] * 3 and unet.control == "unet"
+    labels = ["tiny", "tiny (random U-Net)", "tiny (random weights)"]
+    assert [model.label for model in models] == [model.config["name"] for model in models] == labels
+    assert len({model.config["weights"] for model in models}) == 3
     assert fingerprint(unet.vae, unet.text_encoder) == fingerprint(plain.vae, plain.text_encoder)
     assert fingerprint(everything.unet) == fingerprint(unet.unet) != fingerprint(plain.unet)
     torch.manual_seed(99)
     state = torch.get_rng_state()
     assert load_backbone(saved, "cpu", random_weights="all").config == everything.config
     assert torch.equal(torch.get_rng_state(), state)
-    with pytest.raises(ModelError, match="random_weights 'some' is unknown"):
+    with pytest.raises(ModelError, match="'some'"):
         load_backbone(saved, random_weights="some")
 
 
@@ -236,12 +238,11 @@ def test_wrong_folders(copy, tmp_path):
         load_backbone(tmp_path)
     shutil.rmtree(copy / "tokenizer")
     (copy / "vae" / "config.json").unlink()
-    with pytest.raises(ModelError, match="it lacks vae/config.json, tokenizer/tokenizer_config.json$"):
+    with pytest.raises(ModelError, match="lacks vae/config.json, tokenizer/tokenizer_config.json$"):
         load_backbone(copy)
-    with pytest.raises(ModelError, match="no folder at"):
-        load_backbone(tmp_path / "nowhere")
-    with pytest.raises(ModelError, match="no checkpoint `stable-diffusion-9`.*stable-diffusion-1.5"):
-        load_backbone("stable-diffusion-9")
+    for name, named in ((tmp_path / "nowhere", "nowhere"), ("stable-diffusion-9", "stable-diffusion-1.5")):
+        with pytest.raises(ModelError, match=named):
+            load_backbone(name)
 
 
 @pytest.mark.parametrize("part", ("vae", "unet", "text_encoder"))
@@ -269,26 +270,27 @@ def test_weights_that_do_not_fit_are_refused(copy, part, damage):
     assert damage not in ("missing", "unexpected") or damage in str(error.value)
 
 
-def test_parts_that_do_not_belong_together():
-    scheduler = tiny_scheduler()
-    with pytest.raises(ModelError, match="U-Net attends to 16 text channels, the text encoder has 32"):
-        Backbone(*tiny_parts(text_width=32), scheduler, name="x")
-    with pytest.raises(ModelError, match="9 channels in and 4 out.*inpainting"):
-        Backbone(*tiny_parts(in_channels=9), scheduler, name="x")
-    with pytest.raises(ModelError, match="prediction type 'sample' is not supported"):
-        Backbone(*tiny_parts(), tiny_scheduler(prediction_type="sample"), name="x")
+@pytest.mark.parametrize(
+    ("parts", "scheduler", "named"),
+    [
+        ({"text_width": 32}, {}, "16 text channels.* 32"),
+        ({"in_channels": 9}, {}, "9 channels in and 4 out"),
+        ({}, {"prediction_type": "sample"}, "'sample'"),
+    ],
+)
+def test_parts_that_do_not_belong_together(parts, scheduler, named):
+    with pytest.raises(ModelError, match=named):
+        Backbone(*tiny_parts(**parts), tiny_scheduler(**scheduler), name="x")
 
 
-def test_hub_out_of_reach(monkeypatch):
-    """Offline and not cached: says so, and what to do, for a hub id and for a name of the manifest."""
+@pytest.mark.parametrize("load", [load_backbone, load_features])
+def test_hub_out_of_reach(load, monkeypatch):
+    """Offline and not cached: says what to do."""
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    hint = r"neither a folder here nor complete in the local hub cache.*hf download "
-    with pytest.raises(ModelError, match=hint + "nobody/no-such-model"):
-        load_backbone("nobody/no-such-model")
-    with pytest.raises(ModelError, match=hint + "nobody/no-such-model"):
-        load_features("nobody/no-such-model")
+    with pytest.raises(ModelError, match="hf download nobody/no-such-model"):
+        load("nobody/no-such-model")
 
 
 def test_manifest_names(saved, tmp_path, monkeypatch):
@@ -302,7 +304,7 @@ def test_manifest_names(saved, tmp_path, monkeypatch):
     monkeypatch.setenv("ZSAD_MANIFEST", str(manifest))
     shutil.copytree(saved, tmp_path / "tiny")
     assert load_backbone("here", device="cpu").config == tiny_backbone().config
-    with pytest.raises(ModelError, match="checkpoint 'lost' is not at .*nowhere. Ask us."):
+    with pytest.raises(ModelError, match="'lost' .*nowhere. Ask us."):
         load_backbone("lost")
     with pytest.raises(ModelError, match="hf download nobody/no-such-model"):
         load_backbone("there")
@@ -310,7 +312,7 @@ def test_manifest_names(saved, tmp_path, monkeypatch):
 
 def test_cuda_without_a_gpu(saved, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ModelError, match="finds no CUDA GPU"):
+    with pytest.raises(ModelError, match="'cuda'"):
         load_backbone(saved, device="cuda")
 
 
@@ -372,9 +374,9 @@ def test_vit_features(vit):
     assert torch.allclose(features[:, :, 2, 1], tokens[:, 1 + 2 * 4 + 1], atol=1e-5)
     (larger,) = load_features(vit, device="cpu", size=64)(torch.rand(1, 3, 50, 70))
     assert larger.shape == (1, 16, 8, 8)
-    with pytest.raises(ModelError, match="size 36 is no multiple of its patch 8"):
+    with pytest.raises(ModelError, match="36 .* 8$"):
         load_features(vit, size=36)
-    with pytest.raises(ModelError, match="`layers` is for ResNets"):
+    with pytest.raises(ModelError, match="`layers`"):
         load_features(vit, layers=(1,))
 
 
@@ -389,7 +391,7 @@ def test_resnet_features(resnet):
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(features, states[2:], strict=True))
     (first,) = load_features(resnet, device="cpu", layers=[1])(images)
     assert torch.allclose(first, states[1], atol=1e-5)
-    with pytest.raises(ModelError, match="stages 1 to 4, not"):
+    with pytest.raises(ModelError, match="1 to 4"):
         load_features(resnet, layers=[0, 5])
 
 
@@ -397,10 +399,11 @@ def test_features_config_and_controls(resnet):
     plain, again = load_features(resnet, device="cpu"), load_features(resnet, device="cpu")
     other = load_features(resnet, device="cpu", random_weights="all")
     assert plain.config == again.config and json.loads(json.dumps(plain.config)) == plain.config
-    assert other.config["weights"] != plain.config["weights"] and "random weights" in other.name
+    assert (plain.name, plain.control, other.name, other.control) == ("resnet", None, "resnet", "all")
+    assert other.config["weights"] != plain.config["weights"] and other.config["name"] == "resnet (random weights)"
     assert other.config == load_features(resnet, device="cpu", random_weights="all").config
     assert load_features(resnet, device="cpu", size=96).config != plain.config
-    with pytest.raises(ModelError, match="random_weights 'unet' of features"):
+    with pytest.raises(ModelError, match="'unet'"):
         load_features(resnet, random_weights="unet")
 
 
@@ -410,17 +413,17 @@ def test_features_that_cannot_be_read(vit, copy, tmp_path):
     with pytest.raises(ModelError, match="lacks config.json, preprocessor_config.json"):
         load_features(copy)
     write_preprocessor(copy / "text_encoder", 32)
-    with pytest.raises(ModelError, match="'clip_text_model' model; features come from 'vit'"):
+    with pytest.raises(ModelError, match="'clip_text_model'"):
         load_features(copy / "text_encoder")
     damaged = shutil.copytree(vit, tmp_path / "damaged")
     tensors = load_file(damaged / "model.safetensors")
     del tensors[sorted(tensors)[-1]]
     save_file(tensors, damaged / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ModelError, match="do not fit config.json: 1 missing"):
+    with pytest.raises(ModelError, match="1 missing"):
         load_features(damaged)
     (damaged / "preprocessor_config.json").write_text('{"size": 32}')
     shutil.copy(vit / "model.safetensors", damaged)
-    with pytest.raises(ModelError, match="must name size, image_mean and image_std"):
+    with pytest.raises(ModelError, match="image_mean and image_std"):
         load_features(damaged)
 
 
@@ -443,8 +446,10 @@ def test_joined_features_give_the_layers_of_all_parts(resnet):
     layers = [layer for part in parts for layer in part(images)]
     assert len(both(images)) == len(layers)
     assert all(torch.equal(one, two) for one, two in zip(both(images), layers, strict=True))
-    assert both.config["parts"] == [part.config for part in parts]
+    assert both.config["parts"] == [part.config for part in parts] and both.control is None
     control = load_features(f"{resnet}+pixels", device="cpu", random_weights="all")
+    assert control.name == both.name == "resnet+pixels" and control.control == "all"
+    assert control.config["name"] == "resnet (random weights)+pixels"
     assert not torch.equal(control(images)[0], layers[0]) and torch.equal(control(images)[-1], layers[-1])
     with pytest.raises(ModelError, match="nowhere"):
         load_features("pixels+nowhere")
@@ -460,4 +465,5 @@ def test_unet_features(saved):
     for layer, alone in zip(layers, extract(images[1:2]), strict=True):
         torch.testing.assert_close(layer[1:2], alone, rtol=1e-4, atol=1e-5)
     other = load_features(f"unet:{saved}", device="cpu", random_weights="all")
-    assert other.config != extract.config and not torch.allclose(other(images)[0], layers[0])
+    assert other.name == extract.name == "unet:tiny" and other.config["name"] == "unet:tiny (random U-Net)"
+    assert other.config["weights"] != extract.config["weights"] and not torch.allclose(other(images)[0], layers[0])

@@ -1,4 +1,4 @@
-"""zsad_lib.ddim: the official loops step by step (golden), the algebra, and inversion against denoising."""
+"""zsad_lib.diffusion.ddim: the official loops step by step (golden), the algebra, and inversion against denoising."""
 
 import json
 
@@ -9,6 +9,7 @@ import torch
 from conftest import shared_path
 from zsad_lib.diffusion import ddim
 from zsad_lib.diffusion.latent import load_backbone
+from zsad_lib.errors import MethodError
 
 SETTINGS = ("official_default", "cheap_official_index", "cheap_matched", "cheap_matched_cfg1")
 CASES = [(i, s) for i in range(4) for s in SETTINGS if (i, s) != (3, "official_default")]  # not in the files
@@ -122,17 +123,17 @@ def test_grids():
 
 
 @pytest.mark.parametrize(
-    ("call", "message"),
+    ("call", "named"),
     [
-        (lambda: ddim.ascending_grid(0), "n_steps must be 1 to 1000"),
-        (lambda: ddim.ascending_grid(1001), "n_steps must be 1 to 1000"),
-        (lambda: ddim.ascending_grid(1000, offset=1), "reach timestep 1000"),
-        (lambda: ddim.denoising_steps(10, 10), "start_step must be 0 to 9"),
-        (lambda: ddim.invert(None, torch.zeros(1), ALPHAS, 10, stop=5), r"its levels are \[101, 201"),
+        (lambda: ddim.ascending_grid(0), "n_steps .* 1 to 1000"),
+        (lambda: ddim.ascending_grid(1001), "n_steps .* 1 to 1000"),
+        (lambda: ddim.ascending_grid(1000, offset=1), "timestep 1000"),
+        (lambda: ddim.denoising_steps(10, 10), "start_step .* 0 to 9"),
+        (lambda: ddim.invert(None, torch.zeros(1), ALPHAS, 10, stop=5), r"\[101, 201"),
     ],
 )
-def test_errors(call, message):
-    with pytest.raises(ValueError, match=message):
+def test_errors(call, named):
+    with pytest.raises(MethodError, match=named):
         call()
 
 
@@ -193,14 +194,8 @@ def test_denoise_is_diffusers_ddim():
     predict = gaussian_predictor(scheduler.alphas_cumprod)
     z = start = torch.randn(2, 4, 8, 8)
     reached = []
-    ddim.denoise(
-        predict,
-        start,
-        scheduler.alphas_cumprod,
-        20,
-        start_step=5,
-        callback=lambda t, z: reached.append((t, z)),
-    )
+    alphas = scheduler.alphas_cumprod
+    ddim.denoise(predict, start, alphas, 20, start_step=5, callback=lambda t, z: reached.append((t, z)))
     timesteps = scheduler.timesteps[5:].tolist()
     assert [t for t, _ in reached] == timesteps[1:]
     for t, (_, latent) in zip(timesteps, reached, strict=False):

@@ -76,7 +76,9 @@ def load_features(
     if name.startswith("unet:"):
         model = load_backbone(name.removeprefix("unet:"), device, random_weights=random_weights and "unet")
         return _unet_features(model, size or model.image_size)
-    return _network_features(locate(name, FEATURE_FILES, "transformers vision model"), device, size, layers, random_weights)
+    return _network_features(
+        locate(name, FEATURE_FILES, "transformers vision model"), device, size, layers, random_weights
+    )
 
 
 def _pixels(images: Tensor) -> list[Tensor]:
@@ -154,7 +156,7 @@ def _read_network(where: Location, random_weights: str | None) -> tuple[nn.Modul
 
     kind = fetch(where, None, AutoConfig.from_pretrained, trust_remote_code=False).model_type
     if kind not in KINDS:
-        raise ModelError(f"{where.name} is a {kind!r} model; features come from {KINDS} models")
+        raise ModelError(f"{where.name} is a {kind!r} model; features come from those of {', '.join(KINDS)}")
     options = {"add_pooling_layer": False} if kind == "vit" else {}  # DINO's files have no pooler
     model = read_weights(where, None, AutoModel, True, dtype=torch.float32, trust_remote_code=False, **options)
     return (reinitialised(model, type(model), **options) if random_weights else model), kind

@@ -1,17 +1,25 @@
 """From checkpoints with CompVis (LDM) key names, as the DiAD family releases them, to diffusers and transformers.
 
-Every tensor of a model here asks the checkpoint for the name that the same tensor has there, so that what is missing
-and what is left over are both known. Nothing depends on a width: Stable Diffusion 1.5 and small models convert alike.
-The names follow from the structure of that code (`openaimodel.py`, `sgn.py`, `autoencoder.py`).
+diffusers knows these names (`loaders.single_file_utils`), all but those of DiAD's feature fusion (`sgn.py`). It is
+given names alone, so that what a model lacks and what is left over are both known. No width matters: Stable Diffusion
+1.5 and small models convert alike.
 """
 
-import json
 import re
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
+from diffusers.loaders.single_file_utils import (
+    LDM_UNET_KEY,
+    convert_controlnet_checkpoint,
+    convert_ldm_unet_checkpoint,
+    convert_ldm_vae_checkpoint,
+)
 from safetensors.torch import load_file
+from torch import Tensor, nn
 
+from zsad_lib import store
 from zsad_lib.diffusion.guidance import SETTINGS, SemanticGuide
 from zsad_lib.diffusion.latent import load_backbone
 from zsad_lib.errors import ModelError
@@ -21,59 +29,30 @@ NO_WEIGHTS = re.compile(
     r"betas|logvar|lvlb_weights|(sqrt_|log_)?(one_minus_|recip_|recipm1_)?alphas_cumprod(_prev)?|posterior_\w+"
     r"|cond_stage_model\..*\.position_ids|pretrained_model\..*"
 )
-RESNET = (
-    (r"\.norm1\.", ".in_layers.0."),
-    (r"\.conv1\.", ".in_layers.2."),
-    (r"\.time_emb_proj\.", ".emb_layers.1."),
-    (r"\.norm2\.", ".out_layers.0."),
-    (r"\.conv2\.", ".out_layers.3."),
-    (r"\.conv_shortcut\.", ".skip_connection."),
-)
-UNET = (
-    (r"^time_embedding\.linear_1\.", "time_embed.0."),
-    (r"^time_embedding\.linear_2\.", "time_embed.2."),
-    (r"^conv_in\.", "input_blocks.0.0."),
-    (r"^mid_block\.resnets\.0\.", "middle_block.0."),
-    (r"^mid_block\.attentions\.0\.", "middle_block.1."),
-    (r"^mid_block\.resnets\.1\.", "middle_block.2."),
-    (r"^conv_norm_out\.", "out.0."),
-    (r"^conv_out\.", "out.2."),
-)
-VAE = (
-    (r"\.conv_norm_out\.", ".norm_out."),
-    (r"\.conv_shortcut\.", ".nin_shortcut."),
-    (r"\.mid_block\.resnets\.0\.", ".mid.block_1."),
-    (r"\.mid_block\.resnets\.1\.", ".mid.block_2."),
-    (r"\.mid_block\.attentions\.0\.", ".mid.attn_1."),
-    (r"\.group_norm\.", ".norm."),
-    (r"\.to_([qkv])\.", r".\1."),
-    (r"\.to_out\.0\.", ".proj_out."),
-    (r"\.down_blocks\.", ".down."),
-    (r"\.up_blocks\.", ".up."),
-    (r"\.resnets\.", ".block."),
-    (r"\.(down|up)samplers\.0\.", r".\1sample."),
-)
-
-
+PREFIXES = {
+    "unet": LDM_UNET_KEY,
+    "guide": "control_model.",
+    "vae": "first_stage_model.",
+    "text_encoder": "cond_stage_model.transformer.text_model.",
+}
 HINTS = {  # how the images are scaled that the guide was trained on
     "imagenet": {"hint_mean": (0.485, 0.456, 0.406), "hint_std": (0.229, 0.224, 0.225)},
     "symmetric": {"hint_mean": (0.5, 0.5, 0.5), "hint_std": (0.5, 0.5, 0.5)},
 }
 
 
-def convert_checkpoint(checkpoint, base, out, autoencoder=None, hint="imagenet", dtype=torch.float16):
-    """Write a checkpoint of VLMDiff or DiAD as a folder that `guidance.load_guided` reads; the keys without a place.
-
-    checkpoint: its file (.safetensors, or a pickle, of which only tensors are loaded). base: the pipeline it was built
-    on (Stable Diffusion 1.5), as for `load_backbone`: gives the configurations, tokenizer and schedule, no weights.
-    autoencoder: a file of the fine-tuned autoencoder alone, in place of the checkpoint's. hint: how the guide's
-    images were scaled, "imagenet" in the authors' training or "symmetric". out: a new folder, safetensors in `dtype`.
-    ModelError: an unreadable file, tensors that are missing, an `out` that is there.
-    """
+def convert_checkpoint(
+    checkpoint: str | Path,
+    base: str | Path,  # the pipeline it was built on: gives configurations, tokenizer and schedule, no weights
+    out: str | Path,  # a new folder
+    autoencoder: str | Path | None = None,  # a file of the fine-tuned autoencoder alone, in place of the checkpoint's
+    hint: str = "imagenet",  # how the guide's images were scaled: "imagenet" in the authors' training, or "symmetric"
+    dtype: torch.dtype = torch.float16,  # of the files written
+) -> list[str]:
+    """Write a checkpoint of VLMDiff or DiAD as a folder that `load_guided` reads; the keys that found no place."""
     if hint not in HINTS:
         raise ModelError(f"hint {hint!r} is unknown; use one of {list(HINTS)}")
-    if Path(out).exists():
-        raise ModelError(f"{out} is there already: choose another folder")
+    check_new(out)
     from diffusers import StableDiffusionPipeline  # slow to import
 
     state, model = read_checkpoint(checkpoint), load_backbone(base, "cpu", torch.float32)
@@ -81,7 +60,7 @@ def convert_checkpoint(checkpoint, base, out, autoencoder=None, hint="imagenet",
     parts = {"unet": model.unet, "vae": model.vae, "text_encoder": model.text_encoder}
     unplaced = load_ldm(state, guide=guide, **parts)
     if autoencoder:
-        alone = {f"{PARTS['vae'][0]}{key}": tensor for key, tensor in read_checkpoint(autoencoder).items()}
+        alone = {f"{PREFIXES['vae']}{key}": tensor for key, tensor in read_checkpoint(autoencoder).items()}
         unplaced += load_ldm(alone, vae=model.vae)
     pipeline = StableDiffusionPipeline(
         **{name: part.to(dtype) for name, part in parts.items()}, tokenizer=model.tokenizer, scheduler=model.scheduler,
@@ -91,15 +70,18 @@ def convert_checkpoint(checkpoint, base, out, autoencoder=None, hint="imagenet",
     guide.to(dtype).save_pretrained(Path(out) / "guide")
     facts = {"mode": "only mid", "timesteps": len(model.alphas_cumprod), "schedule": "rebuilt",
              "converted_from": Path(checkpoint).name}  # fmt: skip
-    (Path(out) / SETTINGS).write_text(json.dumps(facts, indent=1) + "\n")
+    store.write_json(Path(out) / SETTINGS, facts)
     return unplaced
 
 
-def read_checkpoint(path):
-    """The tensors of a checkpoint file by name, "state_dict" unpacked. Code in a pickle is never run (weights_only).
+def check_new(out: str | Path) -> None:
+    """Whether nothing is at `out` yet."""
+    if Path(out).exists():
+        raise ModelError(f"{out} is there already: choose another folder")
 
-    ModelError when the file is missing, or holds anything but tensors and plain values.
-    """
+
+def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint file by name, "state_dict" unpacked. Code in a pickle is never run (weights_only)."""
     path = Path(path)
     if not path.is_file():
         raise ModelError(f"no checkpoint file at {path}")
@@ -109,104 +91,90 @@ def read_checkpoint(path):
         reason = str(error).strip().split("\n")[0]
         raise ModelError(f"{path} cannot be read as tensors alone, and no code in it is run: {reason}") from error
     state = state.get("state_dict", state) if isinstance(state, dict) else {}
-    state = {key: tensor for key, tensor in state.items() if isinstance(tensor, torch.Tensor)}
+    state = {key: tensor for key, tensor in state.items() if isinstance(tensor, Tensor)}
     if not state:
         raise ModelError(f"{path} holds no tensors by name")
     return state
 
 
-def load_ldm(state, **models):
-    """Fill models in place from a checkpoint's state dict (flat, or nested under "state_dict").
+def load_ldm(state: dict[str, Tensor], **models: nn.Module) -> list[str]:
+    """Fill all models from a checkpoint's tensors, or none; the keys that found no place, noise schedules aside.
 
     models: any of unet (UNet2DConditionModel), guide (SemanticGuide), vae (AutoencoderKL) and text_encoder
-    (CLIPTextModel), built with the checkpoint's configuration. Returns the keys of the checkpoint that found no place:
-    unknown ones, and all of the parts not asked for; noise schedules are left aside. ModelError names the tensors
-    that a model needs and the checkpoint lacks, or has in another shape; then no model is changed.
+    (CLIPTextModel), built with the checkpoint's configuration.
     """
-    state = state.get("state_dict", state)
-    names = {part: ldm_names(part, model) for part, model in models.items()}
-    filled = {part: _collect(state, names[part], model) for part, model in models.items()}
-    wrong = [names[part][name] for part, found in filled.items() for name in found if found[name] is None]
-    if wrong:
-        raise ModelError(
-            f"{len(wrong)} tensors are missing in the checkpoint, or have another shape there: {', '.join(wrong[:4])}"
-            f"{' ...' if len(wrong) > 4 else ''}. Build the models with the checkpoint's own configuration"
-        )
+    names = {part: ldm_names(part, model, state) for part, model in models.items()}
+    tensors = {part: {name: state[key] for name, key in found.items()} for part, found in names.items()}
+    filled = {part: fitting(model, tensors[part]) for part, model in models.items()}
     for part, model in models.items():
         model.load_state_dict(filled[part])
-    placed = {key for part in names.values() for key in part.values()}
+    placed = {key for found in names.values() for key in found.values()}
     return sorted(key for key in state if key not in placed and not NO_WEIGHTS.fullmatch(key))
 
 
-def ldm_names(part, model):
-    """{name of a tensor of the model: its name in a CompVis checkpoint}. part: "unet", "guide", "vae" or
-    "text_encoder", the kind of the model. ModelError on any other."""
-    if part not in PARTS:
-        raise ModelError(f"{part!r} is no part of a checkpoint; use one of {list(PARTS)}")
-    prefix, name_of = PARTS[part]
-    return {name: prefix + name_of(name, model) for name in model.state_dict()}
+def fitting(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors by their names in the model, all of them, in its shapes: attention may be 1x1 convolutions."""
+    own = model.state_dict()
+    wrong = [name for name in own if name not in tensors or tensors[name].squeeze().shape != own[name].squeeze().shape]
+    if wrong:
+        raise ModelError(
+            f"{len(wrong)} tensors of the {type(model).__name__} are missing in the checkpoint, or have another shape "
+            f"there: {', '.join(wrong[:4])}{' ...' if len(wrong) > 4 else ''}. Build it as the checkpoint's was built"
+        )
+    return {name: tensors[name].reshape(tensor.shape) for name, tensor in own.items()}
 
 
-def _collect(state, names, model):
-    """{name: the checkpoint's tensor, None where it is missing or does not fit}."""
-    return {name: _fitting(state.get(names[name]), tensor.shape) for name, tensor in model.state_dict().items()}
+# --- names
 
 
-def _fitting(tensor, shape):
-    if tensor is not None and tensor.shape == (*shape, 1, 1):  # attention written as 1x1 convolutions
-        tensor = tensor[:, :, 0, 0]
-    return tensor if tensor is not None and tensor.shape == shape else None
+class Key(str):
+    """A tensor's name in the checkpoint, handed to diffusers in the tensor's place, whose shape it asks for."""
+
+    shape = ()
 
 
-def _renamed(name, rules):
-    for pattern, replacement in rules:
-        name = re.sub(pattern, replacement, name)
-    return name
+def ldm_names(part: str, model: nn.Module, keys: Iterable[str]) -> dict[str, str]:
+    """{name of a tensor of the model: its key}, of those among the keys of a CompVis checkpoint."""
+    if part not in PREFIXES:
+        raise ModelError(f"{part!r} is no part of a checkpoint; use one of {list(PREFIXES)}")
+    prefix = PREFIXES[part]
+    keys = {key.removeprefix(prefix): Key(key) for key in keys if key.startswith(prefix)}
+    names = NAMES[part](keys, model)
+    return {name: str(names[name]) for name in model.state_dict() if names.get(name)}
 
 
-def _unet_name(name, model):
-    config, step = model.config, model.config.layers_per_block + 1  # input and output blocks of a level
-    if ".resnets." in name:  # an attention block has norms of the same names
-        name = _renamed(name, RESNET)
-    block = re.match(r"(down|up)_blocks\.(\d+)\.(\w+)\.(\d+)\.(.*)", name)
-    if not block:
-        return _renamed(name, UNET)
-    way, level, kind, k, rest = block[1], int(block[2]), block[3], int(block[4]), block[5]
-    if kind == "downsamplers":
-        return f"input_blocks.{(level + 1) * step}.0.op.{rest.removeprefix('conv.')}"
-    if kind == "upsamplers":
-        return f"output_blocks.{(level + 1) * step - 1}.{1 + ('Attn' in config.up_block_types[level])}.{rest}"
-    place = f"input_blocks.{1 + level * step + k}" if way == "down" else f"output_blocks.{level * step + k}"
-    return f"{place}.{('resnets', 'attentions').index(kind)}.{rest}"
+def unet_names(keys: dict[str, Key], unet: nn.Module) -> dict[str, Key]:
+    """The keys of a U-Net as OpenAI and CompVis name them, by their names in a diffusers model."""
+    prefixed = {LDM_UNET_KEY + key: value for key, value in keys.items()}
+    return _renamed(convert_ldm_unet_checkpoint, prefixed, {"layers_per_block": unet.config.layers_per_block})
 
 
-def _guide_name(name, guide):
-    part, _, rest = name.partition(".")
-    if part == "fusion":
-        _, i, j, _ = rest.split(".")
-        return f"down{int(i) + 1}{int(j) + 1}.0.weight"
-    if part == "hint":  # every second module of the stack is an activation
-        last = 2 * (len(guide.hint.blocks) + 1)
-        rest = re.sub(r"^blocks\.(\d+)\.", lambda block: f"{2 * (int(block[1]) + 1)}.", rest)
-        return "input_hint_block." + rest.replace("conv_in.", "0.").replace("conv_out.", f"{last}.")
-    rest = re.sub(r"^controlnet_down_blocks\.(\d+)\.", r"zero_convs.\1.0.", rest)
-    rest = re.sub(r"^controlnet_mid_block\.", "middle_block_out.0.", rest)
-    return _unet_name(rest, guide.encoder)
+def _guide_names(keys: dict[str, Key], guide: SemanticGuide) -> dict[str, Key]:
+    """A ControlNet's names, its embedding of images ending at 14 as with three downsamplings, and the fusion's."""
+    last = f"input_hint_block.{2 * (len(guide.hint.blocks) + 1)}."
+    control = {key.replace(last, "input_hint_block.14."): value for key, value in keys.items()}
+    names = _renamed(convert_controlnet_checkpoint, control, guide.encoder.config)
+    names = {f"encoder.{name}".replace("encoder.controlnet_cond_embedding", "hint"): names[name] for name in names}
+    for key in keys:
+        if skips := re.fullmatch(r"down(\d)(\d)\.0\.weight", key):
+            names[f"fusion.down.{int(skips[1]) - 1}.{int(skips[2]) - 1}.weight"] = keys[key]
+    return names
 
 
-def _vae_name(name, vae):
-    last = len(vae.config.block_out_channels) - 1  # the decoder's levels are counted from the image
-    name = re.sub(r"\.up_blocks\.(\d+)\.", lambda level: f".up_blocks.{last - int(level[1])}.", name)
-    return _renamed(name, VAE)
+def _vae_names(keys: dict[str, Key], vae: nn.Module) -> dict[str, Key]:
+    return _renamed(convert_ldm_vae_checkpoint, keys, vae.config)
 
 
-def _text_name(name, _):
-    return name.removeprefix("text_model.")  # transformers has it, or not, by version
+def _text_names(keys: dict[str, Key], _: nn.Module) -> dict[str, Key]:
+    """With and without the prefix: it is there or not by transformers' version."""
+    return keys | {f"text_model.{key}": value for key, value in keys.items()}
 
 
-PARTS = {
-    "unet": ("model.diffusion_model.", _unet_name),
-    "guide": ("control_model.", _guide_name),
-    "vae": ("first_stage_model.", _vae_name),
-    "text_encoder": ("cond_stage_model.transformer.text_model.", _text_name),
-}
+def _renamed(convert: Callable, keys: dict[str, Key], config: dict) -> dict[str, Key]:
+    try:
+        return convert(keys, config)
+    except KeyError as error:  # it takes an upsampler's bias to be there
+        raise ModelError(f"the checkpoint lacks {error.args[0]}") from error
+
+
+NAMES = {"unet": unet_names, "guide": _guide_names, "vae": _vae_names, "text_encoder": _text_names}

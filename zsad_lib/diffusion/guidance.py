@@ -13,18 +13,22 @@ downsampling: L·(n + 1) skips, n + 1 at every resolution (Stable Diffusion 1.5:
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin, ControlNetModel, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
+from zsad_lib import store
 from zsad_lib.diffusion.latent import Backbone, extend_schedule, load_backbone
-from zsad_lib.diffusion.loading import fetch, fingerprint, locate, read_weights
+from zsad_lib.diffusion.loading import Location, fetch, fingerprint, locate, read_weights
 from zsad_lib.errors import ModelError
 
+# "all" adds every skip; "only mid", what the authors train and test with, the middle and the fused deepest skips, which
+# the first decoder level reads: the other skips then act through the fusion alone
 MODES = ("only mid", "all")
 INITIALISATIONS = ("published", "trainable")
 HINT_CHANNELS = (16, 32, 96, 256)  # of the image embedding, one more at each halving
@@ -37,15 +41,15 @@ class FeatureFusion(nn.Module):
     """SFF: the skips of the deepest resolution take in those of the resolution above (DiAD).
 
     For each deepest skip o_j: SiLU(o_j + Σ_i SiLU(IN(down_ij(o_i)))), the sum over all skips i of the next resolution,
-    down_ij a 3x3 convolution of stride 2 without bias, IN an instance norm without parameters. `sources`, `targets`:
-    the channels of the two groups. Stable Diffusion 1.5: skips 6, 7, 8 into 9, 10, 11, as published.
+    down_ij a 3x3 convolution of stride 2 without bias, IN an instance norm without parameters. Stable Diffusion 1.5:
+    skips 6, 7, 8 into 9, 10, 11, as published.
 
     `initialisation` of down: "published" is zero; "trainable" is random and small, with standard deviation
     √(1e-5 / fan-in): around zero the instance norm amplifies by 1/√1e-5, so that a branch starts with a slope of one.
     Either way a fusion of zeros is zero.
     """
 
-    def __init__(self, sources, targets, initialisation):
+    def __init__(self, sources: list[int], targets: list[int], initialisation: str):  # channels of the two groups
         super().__init__()
         self.down = nn.ModuleList(
             nn.ModuleList(nn.Conv2d(i, j, 3, stride=2, padding=1, bias=False) for j in targets) for i in sources
@@ -56,7 +60,7 @@ class FeatureFusion(nn.Module):
             else:
                 nn.init.normal_(convolution.weight, std=(NORM_EPS / convolution.weight[0].numel()) ** 0.5)
 
-    def forward(self, skips):
+    def forward(self, skips: list[Tensor]) -> list[Tensor]:
         """All skips, list of [B,C,h,w] -> the same list with the deepest ones fused."""
         first = len(skips) - len(self.down[0])
         sources, targets = skips[first - len(self.down) : first], skips[first:]
@@ -64,19 +68,16 @@ class FeatureFusion(nn.Module):
             raise ModelError("the deepest feature maps have one pixel, which no instance norm takes: larger images")
         return [*skips[:first], *(self._fuse(target, sources, j) for j, target in enumerate(targets))]
 
-    def _fuse(self, target, sources, j):
+    def _fuse(self, target: Tensor, sources: list[Tensor], j: int) -> Tensor:
         branches = (row[j](source) for row, source in zip(self.down, sources, strict=True))
         return F.silu(target + sum(F.silu(F.instance_norm(branch, eps=NORM_EPS)) for branch in branches))
 
 
 class SemanticGuide(ModelMixin, ConfigMixin):
-    """The SG network beside one U-Net. Make it with `from_unet`, keep it with `save_pretrained`, read it with
-    `load_guide`.
+    """The SG network beside one U-Net: `from_unet` makes it, `save_pretrained` writes it.
 
-    encoder_config: the configuration of a diffusers ControlNetModel. initialisation: "published" or "trainable", of the
-    fusion (`FeatureFusion`). hint_mean, hint_std: how images in [0,1] are scaled before they are embedded; by default
-    to [-1,1] as for the autoencoder. The embedding is a stack of 3x3 convolutions: 16, 16, 32↓, 32, 96↓, 96, 256↓ and
-    a last one, zero-initialised, to the U-Net's own channels; with fewer downsamplings it stops earlier.
+    Images are embedded by a stack of 3x3 convolutions: 16, 16, 32↓, 32, 96↓, 96, 256↓ and a last one, zero-initialised,
+    to the U-Net's own channels; with fewer downsamplings it stops earlier.
 
     "published" never trains the fusion in "only mid" mode: it multiplies zeros with zeros, and both get exactly no
     gradient. "trainable" does, or "all" mode, where the shallow skips have a gradient of their own.
@@ -85,10 +86,10 @@ class SemanticGuide(ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(
         self,
-        encoder_config: dict,
-        initialisation: str = "trainable",
-        hint_mean: tuple = (0.5, 0.5, 0.5),
-        hint_std: tuple = (0.5, 0.5, 0.5),
+        encoder_config: dict,  # of a diffusers ControlNetModel
+        initialisation: str = "trainable",  # of the fusion
+        hint_mean: tuple = (0.5, 0.5, 0.5),  # scales images in [0,1] before they are embedded: to [-1,1], as for
+        hint_std: tuple = (0.5, 0.5, 0.5),  # the autoencoder
     ):
         super().__init__()
         if initialisation not in INITIALISATIONS:
@@ -99,12 +100,12 @@ class SemanticGuide(ModelMixin, ConfigMixin):
         self.fusion = FeatureFusion(*_fused_channels(self.encoder.config), initialisation)
 
     @classmethod
-    def from_unet(cls, unet, downsamplings=3, initialisation="trainable", **hint_scale):
+    def from_unet(
+        cls, unet: Any, downsamplings: int = 3, initialisation: str = "trainable", **hint_scale: tuple
+    ) -> "SemanticGuide":
         """A guide for a UNet2DConditionModel, its encoder a copy of the U-Net's, without influence until trained.
 
         downsamplings: halvings from image to latent: 3 for Stable Diffusion, log2(backbone.scale_factor) for any.
-        hint_scale: hint_mean, hint_std. ModelError: a U-Net of one level, or of levels with unequal layers; an
-        unknown initialisation.
         """
         if not isinstance(unet.config.layers_per_block, int):
             raise ModelError(f"a U-Net with {unet.config.layers_per_block} layers has no guide: one number for all")
@@ -118,16 +119,15 @@ class SemanticGuide(ModelMixin, ConfigMixin):
             getattr(guide.encoder, part).load_state_dict(getattr(unet, part).state_dict())
         return guide.to(unet.device)
 
-    def embed(self, images):
+    def embed(self, images: Tensor) -> Tensor:
         """Images float32 [B,3,H,W] in [0,1] -> their embedding [B,C,h,w] at latent resolution, for `forward`."""
         mean, std = (images.new_tensor(v).view(1, 3, 1, 1) for v in (self.config.hint_mean, self.config.hint_std))
         return self.hint(((images - mean) / std).to(self.device, self.dtype))
 
-    def forward(self, z, timesteps, text, hint):
+    def forward(self, z: Tensor, timesteps: Tensor | int, text: Tensor, hint: Tensor) -> tuple[list[Tensor], Tensor]:
         """What to add to the U-Net: (list of skips, each [B,C,h,w], middle [B,C,h,w]).
 
         z [B,C,h,w], timesteps (int or [B]), text [B,L,D] as for the U-Net; hint: `embed` of the images.
-        ModelError when the embedding does not have the size of the latents.
         """
         if hint.shape[-2:] != z.shape[-2:]:
             expected, given = ("x".join(map(str, tensor.shape[-2:])) for tensor in (z, hint))
@@ -140,7 +140,7 @@ class SemanticGuide(ModelMixin, ConfigMixin):
         return self.fusion(list(skips)), middle
 
 
-def _fused_channels(config):
+def _fused_channels(config: dict) -> tuple[list[int], list[int]]:
     """Channels of the skips that the fusion reads, and of those it changes: the last two resolutions."""
     widths, layers = config["block_out_channels"], config["layers_per_block"]
     if len(widths) < 2:
@@ -149,71 +149,65 @@ def _fused_channels(config):
     return levels[-2], levels[-1]
 
 
-def load_guide(name_or_path, backbone):
-    """Read a saved SemanticGuide for a backbone, frozen, to the backbone's device and dtype.
-
-    `name_or_path`: a local folder, a checkpoint of data_manifest.yaml or a hub id. ModelError as for
-    `load_backbone`, and when the guide was made for a U-Net of another shape.
-    """
-    where = locate(name_or_path, ("config.json",), "SemanticGuide")
-    return _fitting(read_weights(where, None, SemanticGuide, torch_dtype=backbone.dtype), where, backbone)
-
-
-def _fitting(guide, where, backbone):
-    """The guide frozen on the backbone's device, once it is known to be of its U-Net's shape."""
+def _read_guide(where: Location, backbone: Backbone) -> SemanticGuide:
+    """The guide of a folder, frozen on the backbone's device, once it is known to be of its U-Net's shape."""
+    guide = read_weights(where, "guide", SemanticGuide, torch_dtype=backbone.dtype)
     for key in ("in_channels", "block_out_channels", "layers_per_block", "cross_attention_dim"):
         own, needed = (config[key] for config in (guide.encoder.config, backbone.unet.config))
-        if list(_flat(own)) != list(_flat(needed)):
+        if json.dumps(own) != json.dumps(needed):  # a tuple is a list once it was saved
             raise ModelError(f"{where.name} guides a U-Net with {key} {own}; that of {backbone.name} has {needed}")
     return guide.to(backbone.device).eval().requires_grad_(False)
 
 
 @dataclass
 class GuidedModel:
-    """A backbone with its guide, for any images. facts: how they were trained (dict); mode: one of MODES."""
+    """A backbone with its guide, for any images."""
 
     backbone: Backbone
     guide: SemanticGuide
-    mode: str = "only mid"
-    facts: dict = field(default_factory=dict)
+    mode: str = MODES[0]
+    facts: dict = field(default_factory=dict)  # how they were trained
 
     @property
-    def config(self):
+    def config(self) -> dict:
         """JSON-able: what changes a method's numbers."""
         return self.backbone.config | {"guide": fingerprint(self.guide), "mode": self.mode}
 
-    def seeing(self, images):
-        """The noise prediction for these images [B,3,H,W] in [0,1], a `GuidedBackbone`."""
+    def condition_on(self, images: Tensor) -> "GuidedBackbone":
+        """The noise prediction for these images [B,3,H,W] in [0,1]."""
         return GuidedBackbone(self.backbone, self.guide, images, self.mode)
 
 
-def save_guided(folder, unet, guide, facts):
-    """Write what `train_guided` let train, and nothing else: folder/guide (a SemanticGuide) and folder/decoder.
+def save_guided(folder: str | Path, unet: Any, guide: SemanticGuide, facts: dict) -> None:
+    """Write what `trainable_parameters` let train, and nothing else: folder/guide and folder/decoder.
 
-    facts: JSON-able; "base" names the backbone whose frozen parts belong to it, "mode" how it was trained; kept in
-    folder/guided.json. In the dtype of the models.
+    facts: JSON-able, kept in folder/guided.json; "base" names the backbone whose frozen parts belong to it, "mode" how
+    it was trained.
     """
     folder = Path(folder)
     guide.save_pretrained(folder / "guide")
     (folder / "decoder").mkdir()
     decoder = {name: tensor.contiguous() for name, tensor in unet.state_dict().items() if name.startswith(TRAINED)}
     save_file(decoder, folder / DECODER)
-    (folder / SETTINGS).write_text(json.dumps(facts, indent=1) + "\n")
+    store.write_json(folder / SETTINGS, facts)
 
 
-def load_guided(name_or_path, device="auto", dtype="auto", base=None, random_weights=None):
-    """Read a trained pair as a GuidedModel, frozen.
+def load_guided(
+    name_or_path: str | Path,  # a folder, a checkpoint of data_manifest.yaml or a hub id
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    base: str | Path | None = None,  # in place of the backbone that the settings name
+    random_weights: str | None = None,  # as for `load_backbone`; the guide is then a new one, without influence
+) -> GuidedModel:
+    """Read a trained pair, frozen, with the schedule that was trained with.
 
-    `name_or_path`: a folder (or a checkpoint of data_manifest.yaml, a hub id) with guided.json and guide/, and either
-    decoder/ (`save_guided`: the backbone is `base`, or the one its settings name, with the trained decoder in place) or
-    a whole StableDiffusionPipeline. The schedule is the one that was trained with. `random_weights`: as for
-    `load_backbone`; the guide is then a new one, without influence. ModelError as there, and when the parts do not
-    fit.
+    Beside guided.json and guide/ lies either what `save_guided` writes, decoder/ for the U-Net of the base, or a whole
+    StableDiffusionPipeline.
     """
     from transformers.utils import cached_file
 
     where = locate(name_or_path, (SETTINGS, "guide/config.json"), "semantic guidance")
-    facts = json.loads(Path(fetch(where, None, cached_file, SETTINGS)).read_text(encoding="utf-8"))
+    facts = store.read_json(fetch(where, None, cached_file, SETTINGS))
     base = base or facts.get("base")
     backbone = load_backbone(base or name_or_path, device, dtype, random_weights)
     backbone.scheduler = extend_schedule(backbone.scheduler, facts["timesteps"], facts["schedule"])
@@ -222,11 +216,10 @@ def load_guided(name_or_path, device="auto", dtype="auto", base=None, random_wei
         return GuidedModel(backbone, guide.eval(), facts["mode"], facts)
     if base:
         _put_decoder(backbone, load_file(fetch(where, None, cached_file, DECODER)), where.name)
-    guide = read_weights(where, "guide", SemanticGuide, torch_dtype=backbone.dtype)
-    return GuidedModel(backbone, _fitting(guide, where, backbone), facts["mode"], facts)
+    return GuidedModel(backbone, _read_guide(where, backbone), facts["mode"], facts)
 
 
-def _put_decoder(backbone, decoder, name):
+def _put_decoder(backbone: Backbone, decoder: dict[str, Tensor], name: str) -> None:
     expected = {key: t.shape for key, t in backbone.unet.state_dict().items() if key.startswith(TRAINED)}
     if expected != {key: t.shape for key, t in decoder.items()}:
         raise ModelError(f"the decoder of {name} does not fit the U-Net of {backbone.name}: give the base it is for")
@@ -234,25 +227,29 @@ def _put_decoder(backbone, decoder, name):
     backbone.name = name
 
 
-def load_guided_or_plain(name_or_path, device="auto", dtype="auto", random_weights=None):
+def load_guided_or_plain(
+    name_or_path: str | Path, device: str | torch.device = "auto", random_weights: str | None = None
+) -> GuidedModel | Backbone:
     """`load_guided` of a folder that has a guide, `load_backbone` of any other model (a hub id among them)."""
     where = locate(name_or_path, (), "model")
     guided = where.local and (Path(where.source) / SETTINGS).is_file()
-    return (load_guided if guided else load_backbone)(name_or_path, device, dtype, random_weights=random_weights)
+    return (load_guided if guided else load_backbone)(name_or_path, device, random_weights=random_weights)
 
 
-def _flat(value):
-    return value if isinstance(value, (list, tuple)) else (value,)
-
-
-def guided_unet(unet, guide, z, timesteps, text, hint, mode="only mid"):
+def guided_unet(
+    unet: Any,
+    guide: SemanticGuide,
+    z: Tensor,
+    timesteps: Tensor | int,
+    text: Tensor,
+    hint: Tensor,
+    mode: str = MODES[0],
+) -> Tensor:
     """What the U-Net predicts, [B,C,h,w], with the guide's results added to its middle and skips (eq. 9).
 
-    Arguments as for `SemanticGuide.forward`. mode: "all" adds every skip; "only mid", what the authors train and test
-    with, adds the middle and the fused deepest skips, which the first decoder level reads: the other skips then act
-    through the fusion alone. ModelError: an unknown mode.
+    Tensors as for `SemanticGuide.forward`.
     """
-    check_mode(mode)
+    _check_mode(mode)
     skips, middle = guide(z.to(guide.dtype), timesteps, text.to(guide.dtype), hint)
     if mode == "only mid":
         deepest = len(skips) - len(guide.fusion.down[0])
@@ -266,31 +263,38 @@ def guided_unet(unet, guide, z, timesteps, text, hint, mode="only mid"):
     ).sample
 
 
-def check_mode(mode):
-    """ModelError unless `mode` is one of MODES."""
+def _check_mode(mode: str) -> None:
     if mode not in MODES:
         raise ModelError(f"guidance mode {mode!r} is unknown; use one of {list(MODES)}")
 
 
-def train_guided(unet, guide):
-    """Let train what DZAD trains: the guide, and of the U-Net its decoder and output (TRAINED); freeze the rest.
-
-    Returns the parameters to optimise. Encoder, middle and time embedding of the U-Net get no gradient.
-    """
+def trainable_parameters(unet: Any, guide: SemanticGuide) -> list[nn.Parameter]:
+    """What DZAD trains: the guide, and of the U-Net its decoder and output (TRAINED). The rest is frozen by this."""
     guide.requires_grad_(True)
     for name, parameter in unet.named_parameters():
         parameter.requires_grad_(name.startswith(TRAINED))
     return [parameter for model in (guide, unet) for parameter in model.parameters() if parameter.requires_grad]
 
 
-def gradient_norms(unet, guide, z, timesteps, text, images, noise, mode="only mid", steps=2, lr=1e-3):
+def gradient_norms(
+    unet: Any,
+    guide: SemanticGuide,
+    z: Tensor,
+    timesteps: Tensor,
+    text: Tensor,
+    images: Tensor,
+    noise: Tensor,
+    mode: str = MODES[0],
+    steps: int = 2,
+    lr: float = 1e-3,
+) -> list[dict[str, float]]:
     """How large the gradients of the guide's parts are in the first training steps (eq. 8): a list of {part: norm}.
 
     z [B,C,h,w]: latents noised to `timesteps` with `noise`; text [B,L,D]; images [B,3,H,W] in [0,1]. Parts: "fusion",
     the convolutions of the fusion; "feeding" and "deepest", the zero convolutions of the skips that it reads and of
     those that it changes; "middle". Both models are trained by it: give copies.
     """
-    optimizer = torch.optim.AdamW(train_guided(unet, guide), lr=lr)
+    optimizer = torch.optim.AdamW(trainable_parameters(unet, guide), lr=lr)
     outputs, deepest = guide.encoder.controlnet_down_blocks, len(guide.fusion.down[0])
     first = len(outputs) - deepest
     parts = {
@@ -314,22 +318,28 @@ def gradient_norms(unet, guide, z, timesteps, text, images, noise, mode="only mi
 class GuidedBackbone:
     """A backbone's noise prediction for known images: `Backbone.predict_noise` with what the guide sees in them.
 
-    images: float32 RGB [B,3,H,W] in [0,1], embedded once. backbone.evaluations counts as without the guide; each
-    evaluation now runs the guide's encoder too.
+    backbone.evaluations counts as without the guide; each evaluation now runs the guide's encoder too.
     """
 
     backbone: Backbone
     guide: SemanticGuide
-    images: torch.Tensor
-    mode: str = "only mid"
+    images: Tensor  # float32 RGB [B,3,H,W] in [0,1], embedded once
+    mode: str = MODES[0]
 
-    def __post_init__(self):
-        check_mode(self.mode)
+    def __post_init__(self) -> None:
+        _check_mode(self.mode)
         self.hint = self.guide.embed(self.images)
 
-    def predict_noise(self, z, t, cond, uncond=None, guidance_scale=1.0, rows=None):
-        """As `Backbone.predict_noise`. rows (indices [n]): which image each of the n latents belongs to; by default
-        there is one latent for each image, in order."""
+    def predict_noise(
+        self,
+        z: Tensor,
+        t: int | Tensor,
+        cond: Tensor,
+        uncond: Tensor | None = None,
+        guidance_scale: float = 1.0,
+        rows: Tensor | None = None,  # [n]: the image of each of the n latents; None: one latent an image, in order
+    ) -> Tensor:
+        """As `Backbone.predict_noise`."""
         hint = self.hint if rows is None else self.hint[rows]
         if len(hint) != len(z):
             raise ModelError(f"{len(z)} latents for {len(hint)} images: say with `rows` which image each belongs to")

@@ -1,27 +1,34 @@
-"""zsad_lib.diffusion.loading"""
+"""Reading networks from Hugging Face layouts, never by guessing: folders, names of data_manifest.yaml and hub ids.
+
+What the libraries would only warn about (weights that are missing, left over or of another shape) is refused here.
+"""
 
 import hashlib
 import json
 import math
 import re
 import warnings
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
 from zsad_lib import manifest
 from zsad_lib.errors import DataError, ModelError
 
 RANDOM_SEED = 0  # of the re-initialised control models
+CONTROL_NAMES = {None: "", "unet": " (random U-Net)", "all": " (random weights)"}  # what of a model is random
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-def fingerprint(*modules, values=64):
-    """16 hex digits that tell two sets of weights apart.
+def fingerprint(*modules: nn.Module, values: int = 64) -> str:
+    """16 hex digits that tell two sets of weights apart, on every device the same; a change of dtype changes them.
 
-    From the names, the shapes and `values` evenly spread numbers of each tensor. The same on every device; a
-    change of dtype changes it.
+    From the names, the shapes and `values` evenly spread numbers of each tensor.
     """
     digest = hashlib.sha256()
     for module in modules:
@@ -32,8 +39,8 @@ def fingerprint(*modules, values=64):
     return digest.hexdigest()[:16]
 
 
-def pick_device(device="auto"):
-    """A torch.device; "auto" is CUDA when there is one, else the CPU. ModelError: CUDA without a GPU."""
+def pick_device(device: str | torch.device = "auto") -> torch.device:
+    """A torch.device; "auto" is CUDA when there is one, else the CPU."""
     cuda = torch.cuda.is_available()
     device = torch.device(("cuda" if cuda else "cpu") if device == "auto" else device)
     if device.type == "cuda" and not cuda:
@@ -41,13 +48,16 @@ def pick_device(device="auto"):
     return device
 
 
-def pick_dtype(dtype, device):
-    names = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+def pick_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+    """A torch.dtype; "auto" is float16 on CUDA, else float32."""
     if dtype == "auto":
         return torch.float16 if device.type == "cuda" else torch.float32
-    if dtype not in names and dtype not in names.values():
-        raise ModelError(f"dtype {dtype!r} is unknown; use 'auto' or one of {list(names)}")
-    return names.get(dtype, dtype)
+    if dtype not in DTYPES and dtype not in DTYPES.values():
+        raise ModelError(f"dtype {dtype!r} is unknown; use 'auto' or one of {list(DTYPES)}")
+    return DTYPES.get(dtype, dtype)
+
+
+# --- files
 
 
 @dataclass
@@ -60,8 +70,8 @@ class Location:
     revision: str | None = None
 
 
-def locate(name_or_path, needed, layout):
-    """Where to read a model from; a folder is checked for the files that its layout needs."""
+def locate(name_or_path: str | Path, needed: Sequence[str], layout: str) -> Location:
+    """Where to read a model from: a folder that has the files `needed`, a checkpoint of the manifest, or a hub id."""
     name = str(name_or_path)
     path = Path(name_or_path)
     if not path.is_dir():  # a name then
@@ -84,8 +94,8 @@ def locate(name_or_path, needed, layout):
     return Location(path.resolve().name, str(path), local=True)
 
 
-def fetch(where, part, loader, *args, **kwargs):
-    """loader(source, ...) with its reports silenced and its failure turned into a ModelError."""
+def fetch(where: Location, part: str | None, loader: Callable, *args, **kwargs) -> Any:
+    """loader(source, ...) for a part (subfolder) of a model, with the libraries' reports silenced."""
     if part:
         kwargs["subfolder"] = part
     if where.revision:
@@ -99,16 +109,15 @@ def fetch(where, part, loader, *args, **kwargs):
             what = f"{where.source}/{part}" if part else where.source
             raise ModelError(f"{what} cannot be read: {reason}. Restore the folder or download it again") from error
         raise ModelError(
-            f"{where.source} is neither a folder here nor complete in the local hub cache, and fetching "
-            f"it failed: {reason} Fetch it once where there is a network (hf download {where.source}), or "
-            "pass the path of a folder"
+            f"{where.source} is neither a folder here nor complete in the local hub cache, and fetching it failed: "
+            f"{reason} Fetch it once where there is a network (hf download {where.source}), or give a folder's path"
         ) from error
 
 
-def read_weights(where, part, cls, heads=False, **kwargs):
+def read_weights(where: Location, part: str | None, cls: Any, heads: bool = False, **kwargs) -> nn.Module:
     """A model whose weights are all read from its files: the libraries would fill gaps with random numbers.
 
-    `heads`: the files may hold more than the model has (a classifier, a pooler).
+    heads: the files may hold more than the model has (a classifier, a pooler).
     """
     model, info = fetch(where, part, cls.from_pretrained, output_loading_info=True, **kwargs)
     wrong = {
@@ -119,14 +128,14 @@ def read_weights(where, part, cls, heads=False, **kwargs):
     found = [f"{len(keys)} {kind} ({', '.join(sorted(keys)[:3])} ...)" for kind, keys in wrong.items() if keys]
     if found:
         raise ModelError(
-            f"{where.source}{'/' + part if part else ''}: the weights do not fit config.json: "
-            f"{'; '.join(found)}. Restore the folder or download it again"
+            f"{where.source}{'/' + part if part else ''}: the weights do not fit config.json: {'; '.join(found)}. "
+            "Restore the folder or download it again"
         )
     return model
 
 
 @contextmanager
-def quiet(bars):
+def quiet(bars: bool) -> Iterator[None]:
     """The libraries' warnings (and progress `bars`) off: what they report is checked here and raised."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
@@ -150,14 +159,7 @@ def quiet(bars):
             library.enable_progress_bar()
 
 
-def reinitialised(model, build, **options):
-    """A model of the same configuration with the library's random weights, the same every time."""
-    with torch.random.fork_rng(devices=[]), quiet(bars=False):
-        torch.default_generator.manual_seed(RANDOM_SEED)
-        return build(model.config, **options).to(model.dtype)
-
-
-def preprocessing(path):
+def preprocessing(path: str | Path) -> tuple[int, tuple[float, ...], tuple[float, ...]]:
     """(input size, mean, std) of a preprocessor_config.json."""
     values = json.loads(Path(path).read_text(encoding="utf-8"))
     size = values.get("size")
@@ -166,3 +168,26 @@ def preprocessing(path):
     if not (isinstance(size, int) and "image_mean" in values and "image_std" in values):
         raise ModelError(f"{path} must name size, image_mean and image_std")
     return size, tuple(values["image_mean"]), tuple(values["image_std"])
+
+
+# --- controls
+
+
+def check_control(random_weights: str | None, known: Sequence[str | None] = tuple(CONTROL_NAMES)) -> None:
+    """Whether a loader knows what is to be random."""
+    if random_weights not in known:
+        raise ModelError(f"random_weights {random_weights!r} is unknown; use one of {list(known)}")
+
+
+@contextmanager
+def control_seed() -> Iterator[None]:
+    """What torch draws inside is the same every time, and leaves no trace outside."""
+    with torch.random.fork_rng(devices=[]), quiet(bars=False):
+        torch.default_generator.manual_seed(RANDOM_SEED)
+        yield
+
+
+def reinitialised(model: nn.Module, build: Callable, **options) -> nn.Module:
+    """A model of the same configuration with the library's random weights, the same every time."""
+    with control_seed():
+        return build(model.config, **options).to(model.dtype)

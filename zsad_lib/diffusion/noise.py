@@ -1,24 +1,64 @@
-"""zsad_lib.diffusion.noise"""
+"""Noise: what each image draws for itself, and what a network predicts."""
 
 import hashlib
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
+from torch import Tensor
+
+from zsad_lib.diffusion.loading import CONTROL_NAMES
+from zsad_lib.errors import ModelError
 
 
-def image_noise(ids, purpose, seed, shape):
+def image_noise(ids: Iterable[str], purpose: str, seed: int, shape: Sequence[int]) -> Tensor:
     """Standard normal noise for each image, float32 [B,*shape] on the CPU.
 
-    Each image draws from its own generator, seeded by (purpose, seed, id): its noise, and so its score, does
-    not depend on the batch it came in, on the order, or on a resumed run.
+    Each image draws from its own generator, seeded by (purpose, seed, id): its noise, and so its score, does not depend
+    on the batch it came in, on the order, or on a resumed run.
     """
     return torch.stack([torch.randn(shape, generator=_generator(f"{purpose}|{seed}|{i}")) for i in ids])
 
 
-def _generator(text):
+def _generator(text: str) -> torch.Generator:
     seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
     return torch.Generator().manual_seed(seed)
 
 
-def to_host(tensor):
+def to_host(tensor: Tensor) -> Tensor:
     """An ordinary float32 copy on the CPU; a tensor made under inference_mode cannot be changed in place."""
     return tensor.to("cpu", torch.float32, copy=True)
+
+
+class NoisePredictor:
+    """What `Backbone` and `PixelModel` have in common: a U-Net that predicts noise or "v", and its schedule."""
+
+    unet: Any
+    scheduler: Any
+    name: str
+    control: str | None
+
+    def __post_init__(self) -> None:
+        if self.prediction_type not in ("epsilon", "v_prediction"):
+            raise ModelError(
+                f"{self.name}: prediction type {self.prediction_type!r} is not supported; "
+                "use a model that predicts 'epsilon' or 'v_prediction'"
+            )
+
+    @property
+    def prediction_type(self) -> str:
+        """What the U-Net predicts: "epsilon" or "v_prediction"."""
+        return self.scheduler.config.prediction_type
+
+    @property
+    def label(self) -> str:
+        """The name, and for a control what of it is random."""
+        return self.name + CONTROL_NAMES[self.control]
+
+    def _noise(self, out: Tensor, z: Tensor, timesteps: Tensor) -> Tensor:
+        """ε of the network's output: for a v-prediction √ᾱ·v + √(1 − ᾱ)·z (Salimans and Ho 2022, appendix D)."""
+        if self.prediction_type == "epsilon":
+            return out
+        alphas = self.alphas_cumprod
+        alpha = alphas[timesteps.to(alphas.device)].to(out).view(-1, 1, 1, 1)
+        return alpha.sqrt() * out + (1 - alpha).sqrt() * z.to(out)
