@@ -1,12 +1,13 @@
-"""zsad_lib.image_sets: fixed splits without overlap, prefixes that stay, errors that say what to do."""
+"""Image sets: fixed splits without overlap, prefixes that stay, errors that say what to do."""
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from helpers import save_image
 from sklearn.datasets import load_digits
 
 from conftest import shared_path
+from zsad_lib.anomaly.resize import resize
 from zsad_lib.data import image_sets
 from zsad_lib.data.image_sets import IMAGE_SETS, PATCH, UNROOTED, available, load_image_set
 from zsad_lib.errors import DataError
@@ -14,8 +15,7 @@ from zsad_lite import synthad
 
 
 def write(path, shape=(32, 32, 3), seed=0):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.random.default_rng(seed).integers(0, 256, shape, np.uint8)).save(path)
+    save_image(path, np.random.default_rng(seed).integers(0, 256, shape, np.uint8))
 
 
 @pytest.fixture
@@ -67,8 +67,7 @@ def test_splits_share_nothing():
 def test_pictures_are_what_they_say():
     digits = load_image_set("digits", "train", 3)
     for image, name in zip(digits.images, digits.ids, strict=True):
-        small = torch.nn.functional.interpolate(image[None], (8, 8), mode="bilinear", antialias=True)[0, 0]
-        original = load_digits().images[int(name.split("/")[2])] / 16
+        small, original = resize(image[None], 8)[0, 0], load_digits().images[int(name.split("/")[2])] / 16
         assert np.corrcoef(small.flatten(), original.flatten())[0, 1] > 0.9
     constant, noise = load_image_set("constant", "test", 50).images, load_image_set("noise", "test", 50).images
     assert constant.flatten(2).std(2).max() < 1e-6 and constant[:, :, 0, 0].std(0).min() > 0.2
@@ -80,16 +79,15 @@ def test_synthad_groups_are_new_normal_drawings():
     assert [i.split("/")[2] for i in drawn.ids] == [*synthad.GROUPS["B"], synthad.GROUPS["B"][0]]
     expected = synthad.draw(synthad.GROUPS["B"][1], "set/train/0", size=32).image
     assert torch.equal((drawn.images[1] * 255).round().byte().permute(1, 2, 0), torch.from_numpy(expected))
-    assert {i.split("/")[2] for i in load_image_set("synthad", "test", 12).ids} == set(synthad.CATEGORIES)
+    assert [i.split("/")[2] for i in load_image_set("synthad", "test", 12).ids] == list(synthad.CATEGORIES)
 
 
 def test_folders_keep_their_own_splits(folders):
     train, test = (load_image_set("cifar10", split) for split in ("train", "test"))
     assert sorted(train.ids) == [f"cifar10/train/cat/{k:04}" for k in range(6)]
     assert len(test) == 6 and {i.split("/")[2] for i in test.ids} == {"cat", "dog"}
-    assert sorted(load_image_set("folder", "test", root=folders / "folder").ids) == [
-        f"folder/test/{k}" for k in (1, 3, 5)
-    ]
+    halved = load_image_set("folder", "test", root=folders / "folder")
+    assert sorted(halved.ids) == [f"folder/test/{k}" for k in (1, 3, 5)]
     named = load_image_set("folder", "train", root=str(folders / "cifar10"))
     assert torch.equal(named.images, train.images)
     tiles = load_image_set("magnetic_tile", "test", root=folders / "magnetic_tile")
@@ -109,27 +107,25 @@ def test_available(folders, tmp_path, monkeypatch):
     assert available() == list(UNROOTED)
 
 
-def test_errors_say_what_to_do(folders, tmp_path, monkeypatch):
-    with pytest.raises(DataError, match="no image set 'svhn'; there are: synthad, synthad-a, .*cifar10, magnetic_"):
-        load_image_set("svhn")
-    with pytest.raises(DataError, match="no split 'validation'; there are: train, test"):
-        load_image_set("digits", "validation")
-    with pytest.raises(DataError, match="count must be 1 or more, or None for all, not 0"):
-        load_image_set("digits", count=0)
-    with pytest.raises(DataError, match="image set 'digits' has no folder; root is for cifar10, magnetic_tile, fold"):
-        load_image_set("digits", root=tmp_path)
-    with pytest.raises(DataError, match="image set 'folder' needs root="):
-        load_image_set("folder")
+@pytest.mark.parametrize(
+    "words, options, message",
+    [
+        (["svhn"], {}, "'svhn'.*synthad, synthad-a, .*cifar10, magnetic_tile"),
+        (["digits", "validation"], {}, "'validation'.*train, test"),
+        (["digits"], {"count": 0}, "count .*None for all, not 0"),
+        (["digits"], {"root": "here"}, "'digits' has no folder; root is for cifar10, magnetic_tile, folder"),
+        (["folder"], {}, "root="),
+        (["folder"], {"root": "single"}, "single .*'test'"),
+        (["folder"], {"root": "nowhere"}, "no folder at nowhere"),
+        (["magnetic_tile", "train"], {"root": "small"}, "a.jpg is smaller than 64 px"),
+        (["magnetic_tile"], {}, "no folder at data/magnetic_tile .*Clone"),
+        (["cifar10"], {}, "no folder at data/cifar10/test .*Download"),
+    ],
+)
+def test_errors_say_what_to_do(tmp_path, monkeypatch, words, options, message):
+    monkeypatch.delenv("ZSAD_DATA", raising=False)
+    monkeypatch.chdir(tmp_path)
     write(tmp_path / "single/a.png")
-    with pytest.raises(DataError, match="'folder' in .*single has no image left for the split 'test'"):
-        load_image_set("folder", root=tmp_path / "single")
     write(tmp_path / "small/MT_Free/Imgs/a.jpg", (40, 90))
-    with pytest.raises(DataError, match="a.jpg is smaller than 64 px"):
-        load_image_set("magnetic_tile", "train", root=tmp_path / "small")
-    monkeypatch.setenv("ZSAD_DATA", str(tmp_path / "nothing"))
-    with pytest.raises(DataError, match="no folder at .*nothing/cifar10/test for image set cifar10. Download the arch"):
-        load_image_set("cifar10")
-    with pytest.raises(DataError, match="no folder at .*nothing/magnetic_tile for dataset magnetic_tile. Clone"):
-        load_image_set("magnetic_tile")
-    with pytest.raises(DataError, match="no folder at .*nowhere for dataset folder"):
-        load_image_set("folder", root=tmp_path / "nowhere")
+    with pytest.raises(DataError, match=message):
+        load_image_set(*words, **options)

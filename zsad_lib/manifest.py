@@ -6,26 +6,25 @@
 import hashlib
 import os
 import re
+import sys
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from zsad_lib.errors import DataError
+from zsad_lib.store import write_bytes
 
 SECTIONS = ("datasets", "checkpoints")
 
 
-def manifest_path():
-    """Path of the manifest in use: $ZSAD_MANIFEST, else `data_manifest.yaml` beside the package."""
-    beside = Path(__file__).resolve().parent.parent / "data_manifest.yaml"
-    return Path(os.environ.get("ZSAD_MANIFEST") or beside)
+def manifest_path() -> Path:
+    """$ZSAD_MANIFEST, else `data_manifest.yaml` beside the package."""
+    return Path(os.environ.get("ZSAD_MANIFEST") or Path(__file__).resolve().parents[1] / "data_manifest.yaml")
 
 
-def load_manifest():
-    """The manifest as a dict with the sections `datasets` and `checkpoints`, each a dict of entries by name.
-
-    Raises DataError when the file is missing, is not YAML, or lacks a section.
-    """
+def load_manifest() -> dict[str, Any]:
+    """The manifest: among others its SECTIONS, each a dict of entries by name."""
     path = manifest_path()
     try:
         manifest = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -42,45 +41,41 @@ def load_manifest():
     return manifest
 
 
-def dataset_entry(name):
-    """The manifest's entry (dict) of the dataset `name`; DataError lists the known names."""
+def dataset_entry(name: str) -> dict[str, Any]:
+    """What the manifest says about a dataset."""
     return _entry("datasets", name)
 
 
-def checkpoint_entry(name):
-    """The manifest's entry (dict) of the checkpoint `name`; DataError lists the known names."""
+def checkpoint_entry(name: str) -> dict[str, Any]:
+    """What the manifest says about a checkpoint."""
     return _entry("checkpoints", name)
 
 
 def _entry(section, name):
     entries = load_manifest()[section]
     if name not in entries:
-        known = ", ".join(sorted(entries))
-        raise DataError(f"no {section[:-1]} `{name}` in {manifest_path()}; it has: {known}")
+        raise DataError(f"no {section[:-1]} `{name}` in {manifest_path()}; it has: {', '.join(sorted(entries))}")
     return entries[name]
 
 
-def local_path(entry):
-    """Folder of a checkpoint shipped with the project (its `path`, relative to the manifest), else None."""
+def dataset_groups() -> dict[str, tuple[str, tuple[str, ...]]]:
+    """{name of a group: (its dataset, its categories)}, such as "synthad-A"."""
+    return {
+        f"{name}-{group}": (name, tuple(categories))
+        for name, entry in load_manifest()["datasets"].items()
+        for group, categories in entry.get("groups", {}).items()
+    }
+
+
+def local_path(entry: dict[str, Any]) -> Path | None:
+    """Folder of a checkpoint that ships with the project (its `path` is relative to the manifest)."""
     return manifest_path().parent / entry["path"] if entry.get("path") else None
 
 
-def _files(folder):
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise DataError(f"no folder at {folder}")
-    named = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
-    visible = sorted(name for name in named if not any(part.startswith(".") for part in name.split("/")))
-    if not visible:
-        raise DataError(f"{folder} holds no files")
-    return {name: named[name] for name in visible}
-
-
-def folder_hash(path):
+def folder_hash(path: Path | str) -> str:
     """SHA-256 (hex) over a folder's files: relative names in sorted order, each with its content's SHA-256.
 
-    Hidden files and folders (a leading dot) do not count: download tools leave such caches behind.
-    Renaming, moving, adding, removing or changing a file changes the hash; times and permissions do not.
+    Hidden files and folders do not count: download tools leave such caches behind.
     """
     digest = hashlib.sha256()
     for name, file in _files(path).items():
@@ -90,55 +85,54 @@ def folder_hash(path):
     return digest.hexdigest()
 
 
-def folder_size(path):
+def folder_size(path: Path | str) -> int:
     """Bytes of the files that `folder_hash` counts."""
     return sum(file.stat().st_size for file in _files(path).values())
 
 
-def verify(entry, path):
-    """Compare a checkpoint folder with its manifest entry's `sha256`.
+def _files(path):
+    """{relative name: file}, sorted."""
+    folder = Path(path)
+    if not folder.is_dir():
+        raise DataError(f"no folder at {folder}")
+    named = {file.relative_to(folder).as_posix(): file for file in folder.rglob("*") if file.is_file()}
+    visible = {name: named[name] for name in sorted(named) if not re.search(r"(^|/)\.", name)}
+    if not visible:
+        raise DataError(f"{folder} holds no files")
+    return visible
 
-    True when they agree, False when the manifest records no hash (then nothing was checked, and the caller
-    says so). DataError when they disagree or the folder is missing or empty.
-    """
-    found = folder_hash(path)
-    recorded = entry.get("sha256")
-    if recorded is None:
-        return False
-    if found != recorded:
+
+def verify(entry: dict[str, Any], path: Path | str) -> bool:
+    """Whether the folder of a checkpoint was compared with the manifest's hash; False where none is recorded."""
+    found, recorded = folder_hash(path), entry.get("sha256")
+    if recorded not in (None, found):
         raise DataError(
             f"{path} is not the checkpoint of the manifest: sha256 {found}, recorded {recorded}. Restore its "
             f"files (git checkout, or a new download); if you meant it: python -m zsad_lib.manifest NAME"
         )
-    return True
+    return recorded is not None
 
 
-def record(name):
-    """Write size and hash of the shipped checkpoint `name` into the manifest; other lines stay as they are.
-
-    Returns both as a dict. Raises DataError when the checkpoint has no `path` or its entry lacks a line.
-    """
-    folder = local_path(checkpoint_entry(name))
+def record(name: str) -> dict[str, Any]:
+    """Write size and hash of a shipped checkpoint into the manifest, whose other lines stay, and return both."""
+    entry, path = checkpoint_entry(name), manifest_path()
+    folder = local_path(entry)
     if folder is None:
         raise DataError(f"checkpoint `{name}` has no `path`: only shipped folders are recorded")
     found = {"size_bytes": folder_size(folder), "sha256": folder_hash(folder)}
-    path = manifest_path()
+    if not found.keys() <= entry.keys():
+        raise DataError(f"checkpoint `{name}` in {path} needs a line `size_bytes:` and a line `sha256:`")
     # from this entry's line to the next line that is indented no deeper
     block = re.compile(rf"(?ms)^checkpoints:.*?^(?P<entry>  {re.escape(name)}:\n.*?)(?=^ {{0,2}}\S|\Z)")
     text = path.read_text(encoding="utf-8")
     start, end = block.search(text).span("entry")
-    entry = text[start:end]
+    lines = text[start:end]
     for key, value in found.items():
-        entry = re.sub(rf"(?m)^    {key}:.*$", f"    {key}: {value}", entry)
-    path.write_text(text[:start] + entry + text[end:], encoding="utf-8")
-    if any(checkpoint_entry(name).get(key) != value for key, value in found.items()):
-        path.write_text(text, encoding="utf-8")
-        raise DataError(f"checkpoint `{name}` in {path} needs a line `size_bytes:` and a line `sha256:`")
+        lines = re.sub(rf"(?m)^    {key}:.*$", f"    {key}: {value}", lines)
+    write_bytes(path, (text[:start] + lines + text[end:]).encode())
     return found
 
 
 if __name__ == "__main__":
-    import sys
-
     for checkpoint in sys.argv[1:]:
         print(checkpoint, record(checkpoint))

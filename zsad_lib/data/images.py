@@ -1,65 +1,54 @@
-"""zsad_lib.data.images"""
+"""Image and mask files as tensors."""
+
+from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 
+from zsad_lib.data.readers import Sample
 from zsad_lib.errors import DataError
 
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".pgm", ".ppm"}
-
-
 GREY16_MODES = {"I", "I;16", "I;16B", "I;16L", "I;16N"}
-
-
 EXIF_ORIENTATION = 0x0112
 
 
-def read_image(path, size=None):
-    """An image file as float32 RGB [3,H,W] in [0,1]; `size` makes it [3,size,size], whatever its aspect.
+def read_image(path: Path | str, size: int | None = None) -> torch.Tensor:
+    """An image file as float32 RGB [3,H,W] in [0,1]; with `size` as [3,size,size], whatever its aspect.
 
-    Grey is repeated to RGB; 16-bit grey is divided by 65535 (16-bit colour is read by PIL at 8 bits);
-    transparent pixels (RGBA, grey with alpha, palette) are laid on white; CMYK goes through PIL's conversion
-    without a colour profile; the EXIF orientation is applied. Resizing is PIL's bilinear filter, antialiased
-    when it shrinks, on float values, so the range stays in [0,1].
-    Raises DataError, naming the file, when it is missing, not an image, truncated or of an unknown kind.
+    Grey is repeated; 16-bit grey is divided by 65535 (PIL reads 16-bit colour at 8 bits); what is transparent is laid
+    on white; CMYK goes through PIL's conversion, without a colour profile; the EXIF orientation is applied. Resized by
+    PIL's bilinear filter, antialiased when it shrinks, on floats.
     """
     image = _open(path)
     pixels = _grey16(path, image) if image.mode in GREY16_MODES else _colour8(path, image)
     if size is not None:
-        pixels = np.stack([_resize_plane(pixels[..., c], size) for c in range(3)], axis=-1)
+        pixels = np.stack([_resize_plane(plane, size) for plane in np.moveaxis(pixels, -1, 0)], axis=-1)
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
 
 
-def read_mask(path, size=None, threshold=127):
-    """A mask file as bool [H,W]: True where its grey value (0 to 255) is greater than `threshold`.
+def read_mask(path: Path | str, size: int | None = None, threshold: int = 127) -> torch.Tensor:
+    """A mask file as bool [H,W] (or [size,size], nearest): where its grey value (0 to 255) is above `threshold`.
 
-    Masks are not always binary (the magnetic tiles have soft edges and compression noise), so the threshold
-    is explicit and comes before the resize to [size,size], which takes the nearest pixel. threshold=0 counts
-    every non-zero pixel. 16-bit masks are scaled to 0..255 first. Raises DataError as `read_image` does.
+    Masks are not always binary (the magnetic tiles have soft edges), so the threshold comes before the resize; 0 counts
+    every non-zero pixel. 16-bit masks are scaled to 0..255 first.
     """
     image = _open(path)
-    if image.mode in GREY16_MODES:
-        grey = _grey16(path, image)[..., 0] * 255
-    else:
-        grey = np.asarray(image.convert("L"))
+    grey = _grey16(path, image)[..., 0] * 255 if image.mode in GREY16_MODES else np.asarray(image.convert("L"))
     mask = grey > threshold
     if size is not None:
         mask = np.asarray(Image.fromarray(mask).resize((size, size), Image.Resampling.NEAREST))
     return torch.from_numpy(mask.copy())
 
 
-def load_images(samples, size):
-    """Images of the samples, float32 [B,3,size,size] in [0,1]; see `read_image`."""
+def load_images(samples: Sequence[Sample], size: int) -> torch.Tensor:
+    """`read_image` of each sample: float32 [B,3,size,size] in [0,1]."""
     return torch.stack([read_image(sample.image_path, size) for sample in samples])
 
 
-def load_masks(samples, size, threshold=127):
-    """Masks of the samples, bool [B,size,size]; all False for normal images; see `read_mask`.
-
-    Raises DataError for a sample whose truth is unknown (label -1), and for a mask whose pixel size is not
-    that of its image.
-    """
+def load_masks(samples: Sequence[Sample], size: int, threshold: int = 127) -> torch.Tensor:
+    """`read_mask` of each sample: bool [B,size,size], all False for a normal image."""
     return torch.stack([_load_mask(sample, size, threshold) for sample in samples])
 
 
