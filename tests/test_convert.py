@@ -5,7 +5,6 @@ import json
 from copy import deepcopy
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from ldm_names import ldm_names
@@ -13,7 +12,7 @@ from test_backbones import saved, tiny_parts  # noqa: F401 the fixture
 from test_guidance import (
     autoencoder_errors,
     fill,
-    gaussian,
+    filled,
     network_errors,
     sampler_errors,
     sd_unet,
@@ -29,6 +28,8 @@ from zsad_lib.diffusion import convert
 from zsad_lib.diffusion.guidance import GuidedModel, SemanticGuide, load_guided
 from zsad_lib.diffusion.latent import load_backbone
 from zsad_lib.errors import ModelError
+
+NETWORKS = ("model.diffusion_model.", "control_model.", "first_stage_model.")
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +80,11 @@ def checkpoint(models):
     return state
 
 
+@pytest.fixture(scope="module")
+def state():
+    return checkpoint({part: fill(part, model) for part, model in small_models().items()})
+
+
 @pytest.mark.parametrize("kind", ["sd", "compact"])
 def test_weights_arrive_where_they_belong(kind):
     source = {part: fill(part, model) for part, model in small_models(kind).items()}
@@ -94,9 +100,8 @@ def test_weights_arrive_where_they_belong(kind):
             assert torch.equal(tensor, expected[name]), (part, name)
 
 
-def test_parts_not_asked_for_are_reported():
-    source = small_models()
-    unplaced = convert.load_ldm(checkpoint(source), unet=small_models()["unet"])
+def test_parts_not_asked_for_are_reported(state):
+    unplaced = convert.load_ldm(state, unet=small_models()["unet"])
     assert {key.split(".")[0] for key in unplaced} == {"control_model", "first_stage_model", "cond_stage_model"}
 
 
@@ -110,8 +115,7 @@ def test_parts_not_asked_for_are_reported():
         ("cond_stage_model.transformer.text_model.final_layer_norm.bias", None, r"final_layer_norm\.bias"),
     ],
 )
-def test_nothing_is_filled_by_halves(key, tensor, named):
-    state = checkpoint({part: fill(part, model) for part, model in small_models().items()})
+def test_nothing_is_filled_by_halves(key, tensor, named, state):
     assert key in state
     state = {name: value for name, value in state.items() if name != key} | ({} if tensor is None else {key: tensor})
     target = small_models()
@@ -127,20 +131,12 @@ def test_a_part_that_no_checkpoint_has():
         convert.ldm_names("clip", None, [])
 
 
-def filled(key, shape):
-    """What the golden files' rule puts under a name of the checkpoint; the text encoder and the tables stay empty."""
-    if not key.startswith(("model.diffusion_model.", "control_model.", "first_stage_model.")):
-        return torch.zeros(shape)
-    if len(shape) >= 2:
-        gain = 1.6 if ".input_hint_block." in key else 1
-        return gaussian(key, shape, gain / np.sqrt(np.prod(shape[1:])))
-    return 1 + gaussian(key, shape, 0.1) if key.endswith("weight") else gaussian(key, shape, 0.02)
-
-
 @pytest.mark.full
 def test_the_filled_checkpoint_converts_and_predicts_as_the_authors_networks(keys):
     """All 1493 tensors, full width: no key is left without a place, and the networks give the golden numbers."""
-    state = {key: filled(key, shape) for key, shape in keys.items()}
+    state = {  # the text encoder and the tables stay empty
+        key: filled(key, shape) if key.startswith(NETWORKS) else torch.zeros(shape) for key, shape in keys.items()
+    }
     models = sd_models(hint_mean=(0, 0, 0), hint_std=(1, 1, 1))
     assert convert.load_ldm(state, **models) == []
     del state

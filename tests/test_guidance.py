@@ -34,19 +34,20 @@ def gaussian(name, shape, scale=1.0):
     return torch.from_numpy(np.float32(scale) * generator.standard_normal(shape, dtype=np.float32))
 
 
+def filled(key, shape):
+    """The tensor of a CompVis name, as the golden files' README says."""
+    if len(shape) >= 2:
+        gain = 1.6 if ".input_hint_block." in key else 1
+        return gaussian(key, shape, gain / np.sqrt(np.prod(shape[1:])))
+    return 1 + gaussian(key, shape, 0.1) if key.endswith("weight") else gaussian(key, shape, 0.02)
+
+
 def fill(part, model):
-    """Fill every tensor by its CompVis name, as the golden files' README says."""
+    """Fill every tensor by its CompVis name."""
     names = ldm_names(part, model)
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
-            key = names[name]
-            if tensor.dim() >= 2:
-                gain = 1.6 if ".input_hint_block." in key else 1
-                tensor.copy_(gaussian(key, tensor.shape, gain / np.sqrt(tensor[0].numel())))
-            elif key.endswith("weight"):
-                tensor.copy_(1 + gaussian(key, tensor.shape, 0.1))
-            else:
-                tensor.copy_(gaussian(key, tensor.shape, 0.02))
+            tensor.copy_(filled(names[name], tensor.shape))
     return model
 
 

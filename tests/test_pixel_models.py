@@ -362,6 +362,7 @@ def test_heads_matter_to_that_test():
         ({"label_emb.weight": torch.zeros(10, 128)}, "no place: label_emb.weight"),
         ({"input_blocks.9.0.in_layers.2.weight": torch.zeros(3)}, "no place: input_blocks.9.0.in_layers.2.weight"),
         ({"out.2.weight": torch.zeros(3, 32, 3, 3)}, "conv_out.weight"),
+        ({"output_blocks.2.2.conv.bias": None}, "output_blocks.2.2.conv.bias"),
         ({"middle_block.1.qkv.bias": None}, "mid_block.attentions.0.to_q.bias, mid_block.attentions.0.to_k.bias"),
         ({"middle_block.1.qkv.bias": torch.zeros(7)}, "mid_block.attentions.0.to_q.bias"),
     ],
@@ -439,8 +440,8 @@ def test_a_checkpoint_file_becomes_a_folder(ending, tmp_path):
     x = torch.randn(1, 3, 16, 16)
     expected = network(x, torch.tensor([300]))[:, :3]
     torch.testing.assert_close(model.predict_noise(x, 300), expected, rtol=1e-4, atol=1e-4)
-    assert torch.equal(model.alphas_cumprod, PixelModel(
-        tiny_unet(), improved_diffusion_schedule(settings), "x").alphas_cumprod)  # fmt: skip
+    built = PixelModel(tiny_unet(), improved_diffusion_schedule(settings), "x")
+    assert torch.equal(model.alphas_cumprod, built.alphas_cumprod)
     with pytest.raises(ModelError, match="new is there already"):
         convert_pixel.convert_pixel_checkpoint(path, tmp_path / "new", settings)
 
