@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from zsad_lib.anomaly import maps
 from zsad_lib.anomaly.features import load_features
 from zsad_lib.diffusion.latent import load_backbone
-from zsad_lib.evaluation import metrics
+from zsad_lib.evaluation.tables import evaluate
 from zsad_lib.methods import make_method
 from zsad_lib.profiles import PROFILES, profile_options
 from zsad_lite import synthad
@@ -37,23 +37,20 @@ def main(backbone=PROFILES["lite"]["backbone"], features=PROFILES["lite"]["featu
     with torch.inference_mode():
         theirs = models["features"](images)
     rows = []
-    settings = [s for s in product(LATENT, DENOISE, GUIDANCE) if s[0] <= s[1] and (s[2] == 1 or s[0] == 51)]
-    for t_latent, t_denoise, guidance_scale in tqdm(settings):
-        method = make_method("divad", **{**options, **models, "t_latent": t_latent, "t_denoise": t_denoise,
-                                         "guidance_scale": guidance_scale})  # fmt: skip
+    starts = [s for s in product(LATENT, DENOISE, GUIDANCE) if s[0] <= s[1] and (s[2] == 1 or s[0] == 51)]
+    for t_latent, t_denoise, guidance_scale in tqdm(starts):
+        start = {"t_latent": t_latent, "t_denoise": t_denoise, "guidance_scale": guidance_scale}
+        method = make_method("divad", **{**options, **models, **start})
         before = models["backbone"].evaluations
         with torch.inference_mode():
             redrawn, _ = method.reconstruct(images, ids, categories)
-            found = maps.smooth(
-                maps.anomaly_map(theirs, models["features"](redrawn), 64, options["mode"]), options["sigma"]
-            )
-        scores = maps.image_score(found, options["pool"]).numpy()
-        table = metrics.evaluate(categories, labels, scores, found.numpy(), masks, n_bootstrap=0)
+            settings = (options[name] for name in ("sigma", "pool", "mode"))
+            found, scores = maps.compare(theirs, models["features"](redrawn), 64, *settings)
+        table = evaluate(categories, labels, scores.numpy(), found.numpy(), masks, n_bootstrap=0)
         mean = table[table.category == "mean"].set_index("metric").value * 100
         cost = (models["backbone"].evaluations - before) / len(images)
-        rows.append(
-            [t_latent, t_denoise, guidance_scale, *mean[["image_auroc", "pixel_auroc", "aupro"]].round(1), cost]
-        )
+        values = mean[["image_auroc", "pixel_auroc", "aupro"]].round(1)
+        rows.append([t_latent, t_denoise, guidance_scale, *values, cost])
         print(rows[-1], flush=True)
     columns = ["t_latent", "t_denoise", "guidance", "image AUROC", "pixel AUROC", "AUPRO", "evaluations"]
     print(pd.DataFrame(rows, columns=columns).sort_values("AUPRO", ascending=False).to_string(index=False))

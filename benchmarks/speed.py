@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from zsad_lib.diffusion import ddim
-from zsad_lib.evaluation import metrics
+from zsad_lib.evaluation import metrics, official
 from zsad_lib.methods import make_method
 from zsad_lib.profiles import profile_options
 from zsad_lite import synthad
@@ -35,11 +35,9 @@ def seconds(function, repeats=3):
 def whole_official_loop(method, images, categories):
     """Everything the authors' script runs: all inversion steps, and denoising down to the idle last step."""
     predict, alphas = method.predictor(categories), method.alphas_cumprod
-    path = ddim.invert(predict, method.backbone.encode(images), alphas, method.config["inversion_steps"])
-    start = method.config["start_step"]
-    clean = ddim.denoise(
-        predict, path[-(start + 1)][1], alphas, method.config["inference_steps"], start, skip_identity=False
-    )
+    path = ddim.invert(predict, method.backbone.encode(images), alphas, method.inversion_steps)
+    start = method.start_step
+    clean = ddim.denoise(predict, path[-(start + 1)][1], alphas, method.inference_steps, start, skip_identity=False)
     return method.backbone.decode(clean)
 
 
@@ -50,14 +48,8 @@ def report(name, slow, fast, note=""):
 @torch.inference_mode()
 def main():
     options = profile_options("lite", "divad")
-    official = {
-        "start": "official",
-        "inversion_steps": 50,
-        "inference_steps": 100,
-        "start_step": 40,
-        "guidance_scale": 3.5,
-    }
-    method = make_method("divad", **{**options, **official})
+    authors = {"inversion_steps": 50, "inference_steps": 100, "start_step": 40, "guidance_scale": 3.5}
+    method = make_method("divad", **{**options, **authors})
     drawn = [synthad.draw("gauge", f"speed/{k}") for k in range(16)]
     images = torch.stack([torch.from_numpy(d.image) for d in drawn]).permute(0, 3, 1, 2).float() / 255
     ids, categories = [str(k) for k in range(16)], ["gauge"] * 16
@@ -71,10 +63,10 @@ def main():
     report("sixteen batches of one / one batch", slow, fast)
 
     guided = make_method("dzad", **profile_options("lite", "dzad"))
-    plain = make_method("dzad", guided.backbone, guided.features, per_stage=2)
+    plain = make_method("dzad", guided.latent_model, guided.features, per_stage=2)
     guided.measure(images[:1], ids[:1], reconstruct=False)  # the first call also pays for memory
     together, errors = seconds(lambda: guided.measure(images, ids, reconstruct=False).errors.errors, 1)
-    guided.grid["batch_size"] = 1
+    guided.batch_size = 1
     apart, one_by_one = seconds(lambda: guided.measure(images, ids, reconstruct=False).errors.errors, 1)
     note = f"largest difference {abs(errors - one_by_one).max():.1e}"
     report("matrix cell by cell / in batches of 64", apart, together, note)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from zsad_lib.errors import TrainingError
+from zsad_lib.errors import RunError, TrainingError
 from zsad_lib.training import fit
 from zsad_lite import synthad
 from zsad_lite.synthad import pictures
@@ -59,7 +59,7 @@ def test_training_images_are_none_of_the_benchmarks():
     assert len(drawn) == 8 and not drawn & test
 
 
-def testphotograph_crops_are_pictures_and_repeatable():
+def test_photograph_crops_are_pictures_and_repeatable():
     crops, captions = pools.photograph_crops("brick", 0, 3, 64)
     again, _ = pools.photograph_crops("brick", 0, 3, 64)
     assert crops.shape == (3, 64, 64, 3) and crops.std() > 5
@@ -67,26 +67,27 @@ def testphotograph_crops_are_pictures_and_repeatable():
     assert captions == ["A photograph of brick"] * 3
 
 
-def test_a_pool_holds_drawings_and_photographs(tmp_path):
-    images, captions = pools.draw_pool(tmp_path, ["gauge"], per_category=2, seed=0, photos=1)
-    assert len(images) == len(captions) == 2 + len(pools.PHOTOGRAPHS)
-    assert captions[0].startswith("An image of a gauge, ") and captions[-1].startswith("A photograph of ")
-    np.testing.assert_array_equal(images[0], synthad.draw("gauge", "train/0/0").image)
-    stored, _ = pools.draw_pool(tmp_path, ["gauge"], per_category=2, seed=0, photos=1)
-    np.testing.assert_array_equal(images, stored)
-
-
-def test_pictures_of_no_product_have_no_caption(tmp_path):
-    images, captions = pools.draw_pool(tmp_path, ["gauge"], per_category=1, seed=3, pictures=17)
-    assert len(images) == len(captions) == 1 + 16 and captions[1:] == [""] * 16
-    assert len({image.tobytes() for image in images}) == 17
-    np.testing.assert_array_equal(images[-1], pictures.draw("train/3/7/1"))
-
-
-def test_surfaces_have_no_caption_and_the_average_is_kept_at_chosen_steps(tmp_path):
-    images, captions = pools.draw_pool(tmp_path, ["gauge"], per_category=1, seed=3, surfaces=8)
-    assert len(images) == 9 and captions[1:] == [""] * 8
+@pytest.mark.parametrize("parallel", [0, 10**6])  # drawn in other processes, or in this one
+def test_a_pool_holds_drawings_photographs_pictures_and_surfaces(tmp_path, monkeypatch, parallel):
+    monkeypatch.setattr(pools, "PARALLEL", parallel)
+    options = {"per_category": 2, "seed": 3, "photos": 1, "pictures": 17, "surfaces": 8}
+    images, captions = pools.draw_pool(tmp_path, ["gauge"], **options)
+    photos = len(pools.PHOTOGRAPHS)
+    assert len(images) == len(captions) == 2 + photos + 16 + 8
+    assert captions[0].startswith("An image of a gauge, ") and captions[1 + photos].startswith("A photograph of ")
+    assert captions[2 + photos :] == [""] * 24  # pictures of no product and surfaces have none
+    assert len({image.tobytes() for image in images}) == len(images)
+    np.testing.assert_array_equal(images[0], synthad.draw("gauge", "train/3/0").image)
+    np.testing.assert_array_equal(images[-9], pictures.draw("train/3/7/1"))
     np.testing.assert_array_equal(images[-1], pictures.draw_surface("train/3/7/0", 64))
+    monkeypatch.setattr(pools, "_draw", None)
+    kept, _ = pools.draw_pool(tmp_path, ["gauge"], **options)
+    np.testing.assert_array_equal(images, kept)
+    with pytest.raises(RunError, match="pool.npz"):  # of other images
+        pools.draw_pool(tmp_path, ["gauge"], **options | {"seed": 4})
+
+
+def test_the_average_is_kept_at_chosen_steps(tmp_path):
     torch.manual_seed(0)
     model = torch.nn.Linear(3, 1)
     last = fit.fit("line", model, lambda m, g: m(torch.ones(1, 3)).square().mean(), tmp_path, 4, 0.1, keep=(2, 4))

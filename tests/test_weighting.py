@@ -7,7 +7,7 @@ from sklearn.metrics import roc_auc_score
 
 from zsad_lib.anomaly import weighting
 from zsad_lib.errors import MethodError
-from zsad_lite.training.recipes import build_scheduler
+from zsad_lite.training.pipeline import build_scheduler
 
 ALPHAS = build_scheduler().alphas_cumprod
 GRID = (1 + 10 * np.arange(100)).reshape(10, 10)

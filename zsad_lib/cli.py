@@ -121,25 +121,34 @@ def train(
     resume: Annotated[bool, typer.Option(help="Go on from the last saved state.")] = True,
 ) -> None:
     """Train one of the compact models of the lite profile, or semantic guidance (dzad, vlmdiff) on any dataset."""
-    from zsad_lite.training import recipes
+    from zsad_lib.manifest import load_manifest
 
     named = {"out": out, "steps": steps, "data": data, "train_on": train_on}
     given = {key: value for key, value in named.items() if value is not None} | _parse_pairs(options)
-    path = recipes.train(name, seed=seed, device=device, resume=resume, **given)
+    recipes = pkgutil.resolve_name(load_manifest()["recipes"])
+    path = recipes(name, seed=seed, device=device, resume=resume, **given)
     typer.echo(f"{name} is in {path}")
 
 
 @app.command()
 def convert(
-    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint file of VLMDiff or DiAD (CompVis names).")],
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint file of VLMDiff, DiAD or DiffPath.")],
     out: Annotated[Path, typer.Option(help="The new folder.")],
+    preset: Annotated[
+        str | None, typer.Option(help="Of a pixel model with improved-diffusion's names, such as diffpath-celeba32.")
+    ] = None,
     base: Annotated[str, typer.Option(help="The pipeline it was built on.")] = "stable-diffusion-1.5",
     autoencoder: Annotated[Path | None, typer.Option(help="A file of the fine-tuned autoencoder alone.")] = None,
     hint: Annotated[str, typer.Option(help="How the guide's images were scaled: imagenet or symmetric.")] = "imagenet",
 ) -> None:
     """Bring the authors' checkpoint into the diffusers layout, safetensors; names what found no place."""
     from zsad_lib.diffusion.convert import convert_checkpoint
+    from zsad_lib.diffusion.convert_pixel import convert_pixel_checkpoint
 
+    if preset:
+        convert_pixel_checkpoint(checkpoint, out, preset)
+        typer.echo(f"{out}: every tensor placed")
+        return
     unplaced = convert_checkpoint(checkpoint, base, out, autoencoder, hint)
     for key in unplaced:
         typer.echo(f"no place for {key}")
@@ -152,9 +161,9 @@ def measure(
     out: Runs = Path("runs"),
 ) -> None:
     """Measure the compact checkpoints: docs/lite_models.md and the numbers in their model cards."""
-    from zsad_lite.training import measure
+    from zsad_lite.training import report_card
 
-    typer.echo(f"written: {measure.measure(docs, out)}, and the model cards")
+    typer.echo(f"written: {report_card.write_report(docs, out)}, and the model cards")
 
 
 @app.command()
@@ -293,11 +302,12 @@ def caption(
     """
     from zsad_lib.data import captions
     from zsad_lib.data.datasets import load_dataset
+    from zsad_lib.errors import ModelError
 
     images = load_dataset(dataset, root, category or None, None if split == Split.both else str(split), limit)
     captioner = captions.load_captioner(model, device, revision)
     if prompt is not None and not captioner.prompted:
-        raise typer.BadParameter(f"{captioner.name} takes no prompt: leave --prompt out, or choose another --model")
+        raise ModelError(f"{captioner.name} takes no prompt: leave --prompt out, or choose another --model")
     path = out or captions.caption_path(dataset, captioner.name, "custom" if prompt is not None else str(prompt_type))
     text = captions.PROMPTS[prompt_type] if prompt is None else prompt
     said = captions.caption_dataset(images, captioner, path, text, batch_size, overwrite=overwrite)
