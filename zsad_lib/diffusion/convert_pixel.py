@@ -4,6 +4,7 @@ Source of their layout: openai/improved-diffusion, `unet.py`, `script_util.py`, 
 (Nichol and Dhariwal, "Improved Denoising Diffusion Probabilistic Models", 2021).
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,8 +14,6 @@ from torch import Tensor
 
 from zsad_lib.diffusion.convert import Key, check_new, fitting, read_checkpoint, unet_names
 from zsad_lib.errors import ModelError
-
-NOISE_SCHEDULES = {"linear": "linear", "cosine": "squaredcos_cap_v2"}  # as diffusers calls them
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ class ImprovedDiffusion:
     learn_sigma: bool = False
     use_scale_shift_norm: bool = True
     diffusion_steps: int = 1000
-    noise_schedule: str = "linear"
+    noise_schedule: str = "linear"  # or "cosine"
     rescale_timesteps: bool = True  # the network is told t·1000/diffusion_steps
 
 
@@ -105,13 +104,18 @@ def improved_diffusion_schedule(settings: ImprovedDiffusion) -> DDPMScheduler:
 
     Timestep k here is then timestep 4k there, at the same noise level and told to the network as the same number.
     """
-    steps, noise_schedule = settings.diffusion_steps, settings.noise_schedule
-    if noise_schedule not in NOISE_SCHEDULES:
-        raise ModelError(f"noise_schedule {noise_schedule!r} is unknown; use one of {list(NOISE_SCHEDULES)}")
+    steps = settings.diffusion_steps
     if settings.rescale_timesteps and steps % 1000:
         raise ModelError(f"diffusion_steps={steps} rescaled to 1000 are no integers; only multiples of 1000 convert")
-    whole = DDPMScheduler(steps, 0.1 / steps, 20 / steps, NOISE_SCHEDULES[noise_schedule])
-    kept = (1 - whole.betas.double()).cumprod(0)[:: steps // 1000 if settings.rescale_timesteps else 1]
+    # in float64: diffusers' own β are float32, and four of them are multiplied here
+    if settings.noise_schedule == "linear":
+        betas = torch.linspace(0.1 / steps, 20 / steps, steps, dtype=torch.float64)
+    elif settings.noise_schedule == "cosine":
+        level = [math.cos((k / steps + 0.008) / 1.008 * math.pi / 2) ** 2 for k in range(steps + 1)]
+        betas = torch.tensor([min(1 - level[k + 1] / level[k], 0.999) for k in range(steps)], dtype=torch.float64)
+    else:
+        raise ModelError(f"noise_schedule {settings.noise_schedule!r} is unknown; use 'linear' or 'cosine'")
+    kept = (1 - betas).cumprod(0)[:: steps // 1000 if settings.rescale_timesteps else 1]
     betas = 1 - kept / torch.cat([torch.ones(1, dtype=torch.float64), kept[:-1]])
     return DDPMScheduler(
         num_train_timesteps=len(betas),
