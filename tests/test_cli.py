@@ -1,64 +1,73 @@
 import json
 import sys
-import types
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from test_scoring import save, write_tree
+from helpers import save_image, write_tree
 from typer.testing import CliRunner
 
 from conftest import shared_path
-from zsad_lib import cli, methods
+from zsad_lib import cli, methods, profiles
 from zsad_lib.errors import ModelError, RunError
 from zsad_lib.evaluation.runs import load_results
-from zsad_lib.methods import Scores
+from zsad_lib.methods import Method, Scores
 from zsad_lib.methods.vlmdiff import VLMDiff
-from zsad_lib.profiles import PROFILES, profile_options
+from zsad_lib.profiles import PROFILES, options_of, profile_options
 
 run_cli = CliRunner().invoke
 TINY = {"size": 16, "sigma": 1.0, "pool": 2}
 
 
-class Model:
+@dataclass
+class Net:
+    """Stands where a loaded network stands; a control is told by its name in the record."""
+
+    name: str
+    control: str | None = None
+    image_size = 16
+
+    @property
+    def config(self):
+        return {"name": self.name + (f" (random {self.control})" if self.control else ""), "weights": len(self.name)}
+
+
+@dataclass(kw_only=True)
+class Model(Method):
     """Stands where a method with a backbone stands: random weights make its map worthless."""
 
-    size = 16
+    name = "model"
 
-    def __init__(self, backbone, features, start="official", sigma=1.0, seed=0):
-        self.name, self.backbone = "model", backbone
-        self.config = {
-            "backbone": {"name": backbone, "weights": len(backbone)},
-            "features": {"name": features},
-        }
-        self.config |= {"start": start, "sigma": sigma, "seed": seed}
+    backbone: Net
+    features: Net
+    start: str = "official"
+    sigma: float = 1.0
+    seed: int = 0
 
     def score(self, images, ids, categories):
-        maps = images.mean(1) if "random" not in self.backbone else torch.zeros(len(ids), 16, 16)
+        maps = torch.zeros(len(ids), 16, 16) if self.control else images.mean(1)
         return Scores(maps.amax((1, 2)), maps)
 
 
 @pytest.fixture
 def tree(tmp_path, monkeypatch):
     """A tiny dataset in the working folder, tiny profiles, and the method "model" instead of DIVAD."""
-
-    def load_backbone(name, device, random_weights=None):
-        return name + (f" (random {random_weights})" if random_weights else "")
-
-    def profile_options(profile, name):
-        return {"backbone": "net", "features": "pixels", "start": profile} if name == "model" else dict(TINY)
-
-    profiles = types.SimpleNamespace(
-        PROFILES={"lite": {"batch_size": 3}, "paper": {"batch_size": 8}}, profile_options=profile_options
+    tiny = {
+        name: {"backbone": "net", "features": "pixels", "batch_size": size, "model": {"start": name}, "baseline": TINY}
+        for name, size in (("lite", 3), ("paper", 8))
+    }
+    monkeypatch.setattr(profiles, "PROFILES", tiny)
+    monkeypatch.setattr(
+        methods, "LOADERS", {"model": lambda name, device, random_weights=None: Net(name, random_weights)}
     )
-    monkeypatch.setitem(sys.modules, "zsad_lib.profiles", profiles)
-    monkeypatch.setattr("zsad_lib.profiles", profiles, raising=False)
-    monkeypatch.setattr(methods, "load_backbone", load_backbone)
-    monkeypatch.setattr(methods, "load_features", lambda name, device, random_weights=None: name)
-    baselines = {name: methods.METHODS[name] for name in methods.BASELINES}
-    monkeypatch.setattr(methods, "METHODS", {"model": Model} | baselines)
+    monkeypatch.setattr(methods, "load_features", lambda name, device, random_weights=None: Net(name, random_weights))
+    monkeypatch.setattr(
+        methods, "METHODS", {"model": Model} | {name: methods.METHODS[name] for name in methods.BASELINES}
+    )
     monkeypatch.chdir(tmp_path)
     return write_tree(tmp_path / "tree", per_class=4)
 
@@ -149,14 +158,13 @@ def test_options_reach_the_methods_that_have_them(tree):
     score(tree, "--only", "--profile", "paper", "--out", "plain")
     assert runs("plain")[0]["config"]["start"] == "paper", "the profile gives what the command line does not"
     assert "--set nose=1: expected NAME=VALUE" in score(tree, "--set", "nose=1", code=2)
-    assert "no profile 'huge'" in score(tree, "--profile", "huge", code=2)
+    assert "'huge'" in str(run_cli(cli.app, ["score", "--profile", "huge"]).exception)
 
 
 def test_captions_reach_the_methods_that_read_them(tree, monkeypatch):
+    @dataclass(kw_only=True)
     class Reader(Model):
-        def __init__(self, backbone, features, start="official", captions=None, seed=0):
-            super().__init__(backbone, features, start, seed=seed)
-            self.config["captions"] = captions
+        captions: Any = None
 
     monkeypatch.setitem(methods.METHODS, "model", Reader)
     said = {sample: f"about {sample}" for sample in ("lid/test/good/000", "lid/test/spot/000")}
@@ -183,7 +191,7 @@ def test_every_profile_has_what_score_needs():
         for name in methods.METHODS:
             options = set(profile_options(profile, name))
             assert {"backbone", "features"} <= options
-            assert options - {"backbone", "features"} <= set(methods.method_options(name))
+            assert options - {"backbone", "features"} <= set(methods.method_options(name)) <= set(options_of(name))
 
 
 def test_batch_size_is_the_profiles_unless_given(tree):
@@ -231,8 +239,7 @@ def test_evaluate_leaves_out_unfinished_runs_and_other_datasets(tree):
     path = next(Path("runs").glob("*/run.json"))
     path.write_text(json.dumps(json.loads(path.read_text()) | {"state": "interrupted"}))
     result = run_cli(cli.app, ["evaluate"])
-    assert "left out, interrupted" in result.output
-    assert isinstance(result.exception, RunError) and "`zsad score` first" in str(result.exception)
+    assert isinstance(result.exception, RunError) and "left out, interrupted" in str(result.exception)
     result = run_cli(cli.app, ["evaluate", "--dataset", "synthad"])
     assert "no finished run on synthad" in str(result.exception)
 
@@ -242,7 +249,7 @@ def test_own_folder_gets_scores_and_no_table(tree):
     assert "no labels" in told and len(runs()) == 1
     lines = next(Path("runs").glob("*/scores.csv")).read_text().splitlines()
     assert len(lines) == 9 and lines[0] == "id,category,label,defect,pred_score"
-    assert "left out, no labels" in run_cli(cli.app, ["evaluate"]).output
+    assert "left out, no labels" in str(run_cli(cli.app, ["evaluate"]).exception)
 
 
 def test_data_check_names_bad_files(tree):
@@ -250,7 +257,7 @@ def test_data_check_names_bad_files(tree):
     bad = tree / "box" / "test" / "good" / "001.png"
     bad.write_bytes(bad.read_bytes()[:60])
     small = tree / "lid" / "ground_truth" / "spot" / "002_mask.png"
-    save(np.zeros((8, 8), np.uint8), small)
+    save_image(small, np.zeros((8, 8), np.uint8))
     text = invoke("data", "check", "mvtec_ad", "--root", tree, code=1)
     assert str(bad) in text and str(small) in text and "2 bad" in text
 
@@ -260,7 +267,7 @@ def test_data_list_and_make(tmp_path, monkeypatch):
     assert "\nmvtec_ad: MVTec" in text and "CC BY-NC-SA" in text and "visa (no reader yet)" in text
     assert "\nreal_iad: Real-IAD" in text
     made = []
-    monkeypatch.setattr("zsad_lib.synthad.export", made.append)
+    monkeypatch.setattr("zsad_lite.synthad.export", made.append)
     invoke("data", "make", "synthad", "--out", tmp_path / "here")
     assert made == [tmp_path / "here"]
     assert "is not generated" in invoke("data", "make", "mvtec_ad", code=2)
@@ -268,10 +275,8 @@ def test_data_list_and_make(tmp_path, monkeypatch):
 
 def test_train_and_report_pass_their_options_on(monkeypatch):
     calls = []
-    for name, function in (("recipes", "train"), ("report", "build")):
-        module = types.SimpleNamespace(**{function: lambda *args, **options: calls.append((args, options))})
-        monkeypatch.setitem(sys.modules, f"zsad_lib.{name}", module)
-        monkeypatch.setattr(f"zsad_lib.{name}", module, raising=False)
+    monkeypatch.setattr("zsad_lite.training.recipes.train", lambda *args, **options: calls.append((args, options)))
+    monkeypatch.setattr("zsad_lib.notebook.report.build", lambda *args, **options: calls.append((args, options)))
     invoke("train", "lite-foundation", "--steps", 5, "--seed", 2, "--no-resume")
     invoke("report", "--only", "02", "--out", "there", "--seed", 3)
     assert calls[0] == (("lite-foundation",), {"steps": 5, "seed": 2, "device": "auto", "resume": False})
@@ -290,12 +295,15 @@ def test_dzad_writes_and_prints_every_table(tmp_path, monkeypatch):
 
     monkeypatch.setattr(dzad_tables, "study", study)
     text = invoke("dzad", "--target", "synthad-B", "--limit", 2, "--every", 3, "--out", tmp_path / "new")
-    given = {"limit": 2, "every": 3, "reference_limit": 1, "n_bootstrap": 200, "seed": 0, "device": "auto"}
-    assert calls == [(("lite", ["synthad-B"]), {**given, "runs": tmp_path / "new", "progress": None})]
+    given = {"limit": 2, "every": 3, "reference_limit": 1, "n_bootstrap": 200, "seed": 0, "folder": tmp_path / "new"}
+    ((cross,), smoothing, profile), options = calls[0]
+    assert (cross.target, cross.auxiliary, profile) == ("synthad-B", "synthad-A", "lite")
+    assert smoothing == {"sigma": 1.5, "pool": 2} and options == {**given, "progress": None}
+    assert "mvtec_ad" in str(run_cli(cli.app, ["dzad", "--target", "mvtec_ad"]).exception)
     assert text.count("57.1 [48.0, 66.0]") == 2 and "left out: magnetic_tile: no folder" in text
     assert "57.1 [48.0, 66.0]" in (tmp_path / "new/table2.md").read_text()
     assert (tmp_path / "new/aurocs.csv").read_text() == "value\n0.571\n"
-    assert "no profile 'huge'" in invoke("dzad", "--profile", "huge", code=2)
+    assert "'huge'" in str(run_cli(cli.app, ["dzad", "--profile", "huge"]).exception)
 
 
 @pytest.mark.parametrize(
@@ -325,30 +333,21 @@ def test_unknown_errors_keep_their_traceback(monkeypatch):
         cli.main()
 
 
-def test_missing_checkpoint_is_said_before_anything_is_scored(tree, monkeypatch, capsys):
-    def load_backbone(name, device, random_weights=None):
+def test_missing_checkpoint_is_said_before_anything_is_scored(tree, monkeypatch):
+    def load(name, device, random_weights=None):
         raise ModelError("checkpoint net is not there")
 
-    monkeypatch.setattr(methods, "load_backbone", load_backbone)
-    monkeypatch.setattr(
-        sys, "argv", ["zsad", "score", "--dataset", "mvtec_ad", "--root", str(tree), "--method", "model"]
-    )
-    with pytest.raises(SystemExit):
-        cli.main()
-    assert "checkpoint net is not there" in capsys.readouterr().err and not Path("runs").exists()
+    monkeypatch.setattr(methods, "LOADERS", {"model": load})
+    result = run_cli(cli.app, ["score", "--dataset", "mvtec_ad", "--root", str(tree), "--method", "model"])
+    assert isinstance(result.exception, ModelError) and not Path("runs").exists()
 
 
 def test_divad_on_a_tiny_stable_diffusion(tmp_path, monkeypatch):
     """The real method through the command line, its control included."""
     backbone = shared_path("golden/tiny_sd")
     settings = {"inversion_steps": 10, "inference_steps": 10, "start_step": 5, "sigma": 1.0, "pool": 2}
-    options = {"backbone": str(backbone), "features": "pixels", **settings}
-    profiles = types.SimpleNamespace(
-        PROFILES={"lite": {"batch_size": 16}},
-        profile_options=lambda _, name: options if name == "divad" else dict(TINY, size=64),
-    )
-    monkeypatch.setitem(sys.modules, "zsad_lib.profiles", profiles)
-    monkeypatch.setattr("zsad_lib.profiles", profiles, raising=False)
+    models = {"backbone": str(backbone), "features": "pixels", "batch_size": 16}
+    monkeypatch.setattr(profiles, "PROFILES", {"lite": {**models, "divad": settings, "baseline": TINY | {"size": 64}}})
     monkeypatch.chdir(tmp_path)
     tree = write_tree(tmp_path / "tree", per_class=1, categories=("box",))
     told = invoke("score", "--dataset", "mvtec_ad", "--root", tree)
@@ -399,7 +398,7 @@ def test_caption_writes_a_file_and_goes_on(tree):
     assert set(read_captions(path)) == {f"lid/test/{defect}/{i:03}" for defect in ("good", "spot") for i in range(2)}
     assert "16 captions" in caption(tree, "--batch-size", 5)
     assert path.read_bytes().startswith(first) and len(read_captions(path)) == 16
-    save(np.full((16, 16, 3), 90, np.uint8), tree / "lid" / "train" / "good" / "000.png")
+    save_image(tree / "lid" / "train" / "good" / "000.png", np.full((16, 16, 3), 90, np.uint8))
     caption(tree, "--split", "train", "--out", "there/train.jsonl", "--prompt-type", "scenes")
     caption(tree, "--split", "both", "--out", "there/both.jsonl")
     train, both = read_captions("there/train.jsonl"), read_captions("there/both.jsonl")
@@ -444,3 +443,31 @@ def test_caption_errors_are_one_line(tree, monkeypatch, capsys, words, message):
         cli.main()
     errors = capsys.readouterr().err
     assert stop.value.code == 2 and message in errors and len(errors.strip().splitlines()) == 1
+
+
+def test_labels_say_in_a_few_words_what_sets_runs_apart():
+    from zsad_lib.evaluation.labels import run_labels
+
+    def run(control=None, **config):
+        backbone = {"name": "net", "weights": "1"}
+        features = {"name": "small+pixels", "parts": [{"name": "small", "size": 128}]}
+        return {"method": "divad", "control": control, "fingerprint": "abcdef" + str(len(config)),
+                "config": {"method": "divad", "backbone": backbone, "features": features, "start": "official",
+                           "t_latent": 51, "t_denoise": 251, "captions": None, **config}}  # fmt: skip
+
+    assert run_labels([run()]) == ["divad, net"]
+    untrained = run("features", features={"name": "small (random weights)+pixels"})
+    assert run_labels([run(), untrained]) == ["divad, net", "divad, net (untrained features)"]
+    assert run_labels([run(), run(start="matched", t_latent=251)]) == [
+        "divad, net, start=official", "divad, net, start=matched"
+    ]  # fmt: skip
+    assert run_labels([run(), run(t_latent=1)]) == ["divad, net, t_latent=51", "divad, net, t_latent=1"]
+    assert run_labels([run(), run(features={"name": "pixels", "size": None})]) == [
+        "divad, net, features=small+pixels", "divad, net, features=pixels"
+    ]  # fmt: skip
+    said = run(captions={"images": 9, "sha256": "aa"})
+    assert run_labels([run(), said]) == ["divad, net, captions=None", "divad, net, captions of 9 images"]
+    many = run(**dict(zip("abcdef", range(6), strict=True)))
+    assert run_labels([many, run()])[0].endswith("…") and len(set(run_labels([many, run()]))) == 2
+    other = run(backbone={"name": "net", "weights": "2"})
+    assert len(set(run_labels([run(), other | {"fingerprint": "123456"}]))) == 2

@@ -9,21 +9,25 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from helpers import write_tree
 from test_dzad import SMALL, guided_model, made_up
-from test_scoring import write_tree
 
 from conftest import shared_path
+from zsad_lib import profiles
 from zsad_lib.anomaly import weighting
 from zsad_lib.anomaly.features import load_features
 from zsad_lib.data.datasets import load_dataset
 from zsad_lib.diffusion import guidance
-from zsad_lib.errors import DataError, MethodError, ModelError
+from zsad_lib.errors import DataError, MethodError, RunError
 from zsad_lib.methods import make_method
+from zsad_lib.methods.dzad import join
 from zsad_lib.notebook import plots
-from zsad_lib.papers import dzad_tables
-from zsad_lib.papers.dzad_tables import ABLATION, FULL, UNGUIDED, Direction, component_label, component_reading
-from zsad_lib.profiles import CROSS
+from zsad_lib.papers import dzad_cross, dzad_tables
+from zsad_lib.papers.dzad_cross import Direction, measure_kept, measure_samples
+from zsad_lib.papers.dzad_tables import ABLATION, FULL, UNGUIDED, component_label, component_reading
+from zsad_lib.profiles import CROSS, crosses, smoothing
 
+PLAIN = {"sigma": 0, "pool": 1}  # maps of 8 pixels cannot be blurred and pooled as those of a profile
 SHARED = {
     1: "dzad_table1_mvtec_image_auroc", 2: "dzad_table2_auroc", 3: "dzad_table3_architecture_ablation",
     4: "dzad_table4_weight_function_ablation",
@@ -33,7 +37,7 @@ SHARED = {
 def direction(target="synthad-B", auxiliary="synthad-A", shift=2.0):
     """Two categories of made-up measurements in which an anomalous image differs at one place and the last stage."""
     parts = [made_up(seed=seed, shift=shift) for seed in (1, 2)]
-    measured = dzad_tables.join(parts)
+    measured = join(parts)
     samples = [
         SimpleNamespace(id=name, category=category, label=int(label))
         for category, part in zip(("gauge", "leather"), parts, strict=True)
@@ -52,12 +56,6 @@ def direction(target="synthad-B", auxiliary="synthad-A", shift=2.0):
 @pytest.fixture(scope="module")
 def directions():
     return {name: direction(name, other) for name, (other, _) in list(CROSS["lite"].items())[:2]}
-
-
-@pytest.fixture
-def plain_maps(monkeypatch):
-    """Maps of 8 pixels cannot be blurred and pooled as those of the profile."""
-    monkeypatch.setattr(dzad_tables, "reading_options", lambda profile: {"sigma": 0, "pool": 1})
 
 
 # --- what is printed
@@ -105,41 +103,45 @@ def test_a_row_has_the_components_it_names(row):
 
 
 def test_rows_have_the_blur_of_their_profile():
-    rows = dzad_tables.ablation_rows("lite", extra=True)
+    rows = dzad_tables.ablation_rows(smoothing("lite"), extra=True)
     assert len(rows) == 7 and {reading.sigma for _, reading in rows.values()} == {1.5}
-    assert list(dzad_tables.weighting_rows("paper")) == list(weighting.FORMULAS)
-    assert dzad_tables.full_rows("lite")["DZAD"] == rows[component_label(FULL)]
+    assert list(dzad_tables.weighting_rows(smoothing("paper"))) == list(weighting.FORMULAS)
+    assert dzad_tables.full_rows(smoothing("lite"))["DZAD"] == rows[component_label(FULL)]
 
 
 # --- numbers and tables
 
 
-def test_perfect_separation_is_100_percent(directions, plain_maps):
-    frame = dzad_tables.measure(directions, dzad_tables.full_rows("lite"), n_bootstrap=20)
-    assert set(frame.category) == {"gauge", "leather", "mean"} and list(frame.columns) == dzad_tables.COLUMNS
+def test_perfect_separation_is_100_percent(directions):
+    frame = dzad_tables.evaluate_rows(directions, dzad_tables.full_rows(PLAIN), n_bootstrap=20)
+    assert set(frame.category) == {"gauge", "leather", "mean"} and list(frame.columns)[:3] == [
+        "target",
+        "row",
+        "category",
+    ]
     assert (frame[frame.metric == "image_auroc"].value == 1).all()
     assert (frame[frame.metric == "pixel_auroc"].value > 0.99).all()
     table = dzad_tables.table2(frame, "lite")
     assert table.loc["synthad-B: image AUROC", "DZAD (measured, lite)"] == "100.0 [100.0, 100.0]"
 
 
-def test_rows_use_their_own_model_and_its_reference(directions, plain_maps):
+def test_rows_use_their_own_model_and_its_reference(directions):
     """Without the guide nothing separates here, so the rows without it are at chance."""
     one = directions["synthad-B"]
     errors = one.measured["SD"].errors
     same = replace(errors, errors=np.ones_like(errors.errors), maps=np.ones_like(errors.maps))
     blind = replace(one.measured["SD"], errors=same)
     mixed = replace(one, measured={"SGSD": one.measured["SGSD"], "SD": blind})
-    rows = dzad_tables.ablation_rows("lite", extra=True)
-    frame = dzad_tables.measure({"synthad-B": mixed}, rows, n_bootstrap=0)
+    rows = dzad_tables.ablation_rows(PLAIN, extra=True)
+    frame = dzad_tables.evaluate_rows({"synthad-B": mixed}, rows, n_bootstrap=0)
     values = frame[(frame.category == "mean") & (frame.metric == "image_auroc")].set_index("row").value
     assert values["SD"] == values[component_label(UNGUIDED)] == 0.5
     assert values[component_label(FULL)] == values["SGSD + M_t"] == 1
 
 
-def test_tables_have_the_papers_rows_and_both_kinds_of_columns(directions, plain_maps):
-    full = dzad_tables.measure(directions, dzad_tables.full_rows("lite"), n_bootstrap=5)
-    full = pd.concat([full, dzad_tables.measure_baselines(directions, n_bootstrap=5)])
+def test_tables_have_the_papers_rows_and_both_kinds_of_columns(directions):
+    full = dzad_tables.evaluate_rows(directions, dzad_tables.full_rows(PLAIN), n_bootstrap=5)
+    full = pd.concat([full, dzad_tables.evaluate_baselines(directions, n_bootstrap=5)])
     one, two = dzad_tables.table1(full, "lite"), dzad_tables.table2(full, "lite")
     measured = ["DZAD (measured, lite)", "patch_knn (measured, lite)"]
     assert list(one) == measured + [f"{name} (printed)" for name in dzad_tables.printed(1).columns[1:]]
@@ -154,16 +156,16 @@ def test_tables_have_the_papers_rows_and_both_kinds_of_columns(directions, plain
     assert two.loc["VisA: pixel AUROC", "SAM (printed)"] == "92.6" and len(two) == 4 + 6
 
 
-def test_a_set_that_the_paper_prints_shares_its_row(directions, plain_maps):
-    frame = dzad_tables.measure({"visa": directions["synthad-B"]}, dzad_tables.full_rows("lite"), n_bootstrap=0)
+def test_a_set_that_the_paper_prints_shares_its_row(directions):
+    frame = dzad_tables.evaluate_rows({"visa": directions["synthad-B"]}, dzad_tables.full_rows(PLAIN), n_bootstrap=0)
     table = dzad_tables.table2(frame, "paper")
     assert table.loc["VisA: image AUROC"].tolist()[0] == "100.0"
     assert table.loc["VisA: image AUROC", "DZAD (printed)"] == "90.2" and len(table) == 6
 
 
-def test_table_3_and_4_and_the_decisions(directions, plain_maps):
+def test_table_3_and_4_and_the_decisions(directions):
     frames = {
-        d: dzad_tables.measure(directions, dzad_tables.ablation_rows("lite", d, extra=True), n_bootstrap=0)
+        d: dzad_tables.evaluate_rows(directions, dzad_tables.ablation_rows(PLAIN, d, extra=True), n_bootstrap=0)
         for d in dzad_tables.DECISIONS
     }
     three = dzad_tables.table3(frames["class features"], "lite")
@@ -173,33 +175,35 @@ def test_table_3_and_4_and_the_decisions(directions, plain_maps):
         *(f"{100 * v:.1f}" for v in dzad_tables.printed(3).image_auroc), "not printed"
     ]  # fmt: skip
     assert three.loc[component_label(FULL), "synthad-A: image AUROC (measured, lite)"] == "100.0"
-    four = dzad_tables.table4(dzad_tables.measure(directions, dzad_tables.weighting_rows("lite"), 0), "lite")
+    four = dzad_tables.table4(dzad_tables.evaluate_rows(directions, dzad_tables.weighting_rows(PLAIN), 0), "lite")
     assert list(four.index) == list(weighting.FORMULAS.values())
     assert four["VisA: image AUROC (printed)"].tolist()[-2:] == ["90.2", "not printed"]
     decisions = dzad_tables.decisions_table(frames, "lite")
     assert list(decisions)[:3] == [f"synthad-B: {d}" for d in dzad_tables.DECISIONS] and decisions.shape == (7, 6)
 
 
+def crossing(name, other="synthad-A"):
+    return dzad_cross.Cross(name, other, dict, list)
+
+
 def test_a_missing_set_is_left_out_and_said(monkeypatch, directions):
-    def measure_direction(profile, target, **_):
-        if target == "magnetic_tile":
+    def measure_direction(cross, **_):
+        if cross.target == "magnetic_tile":
             raise DataError("no folder at data/magnetic_tile")
-        return directions[target]
+        return directions[cross.target]
 
-    monkeypatch.setattr(dzad_tables, "measure_direction", measure_direction)
-    found, left_out = dzad_tables.measure_directions("lite")
-    assert list(found) == ["synthad-B", "synthad-A"] and left_out == {
-        "magnetic_tile": "no folder at data/magnetic_tile"
-    }
+    monkeypatch.setattr(dzad_cross, "measure_direction", measure_direction)
+    found, left_out = dzad_cross.measure_directions(crosses("lite"))
+    assert list(found) == ["synthad-B", "synthad-A"] and set(left_out) == {"magnetic_tile"}
     with pytest.raises(DataError, match="no target at hand: no folder at"):
-        dzad_tables.study("lite", ["magnetic_tile"])
-    with pytest.raises(MethodError, match="no target mvtec_ad in profile lite; there are: synthad-B, "):
-        dzad_tables.measure_directions("lite", ["mvtec_ad"])
+        dzad_tables.study([crossing("magnetic_tile")], PLAIN, "lite")
+    with pytest.raises(MethodError, match="mvtec_ad in profile lite; there are: synthad-B, "):
+        crosses("lite", ["mvtec_ad"])
 
 
-def test_study_has_every_table(monkeypatch, directions, plain_maps):
-    monkeypatch.setattr(dzad_tables, "measure_direction", lambda profile, target, **_: directions[target])
-    tables, frame, left_out = dzad_tables.study("lite", ["synthad-B", "synthad-A"], n_bootstrap=0)
+def test_study_has_every_table(monkeypatch, directions):
+    monkeypatch.setattr(dzad_cross, "measure_direction", lambda cross, **_: directions[cross.target])
+    tables, frame, left_out = dzad_tables.study(map(crossing, directions), PLAIN, "lite", n_bootstrap=0)
     assert list(tables) == ["table1", "table2", "table3", "table4", "decisions"] and left_out == {}
     assert set(frame.table) == {"method", "table 4", *(f"table 3, {d}" for d in dzad_tables.DECISIONS)}
 
@@ -218,18 +222,18 @@ def small_method(**options):
 
 
 def test_what_is_kept_is_read_again(images, tmp_path, monkeypatch):
-    monkeypatch.setattr(dzad_tables, "PART", 5)
+    monkeypatch.setattr(dzad_cross, "PART", 5)
     method = small_method()
-    first = dzad_tables.measure_kept(method, images, tmp_path / "runs", "tree")
-    whole = method.measure_samples(images)
+    first = measure_kept(method, images, tmp_path / "runs", "tree")
+    whole = measure_samples(method, images)
     np.testing.assert_allclose(first.errors.errors, whole.errors.errors, rtol=1e-4)
     np.testing.assert_allclose(first.similarity, whole.similarity, atol=1e-4)
     files = sorted((tmp_path / "runs").rglob("*.npz"))
     assert [path.name for path in files] == [f"part-{k:06d}.npz" for k in (0, 5, 10, 15)]
     files[1].unlink()
-    counted = method.backbone.evaluations
-    again = dzad_tables.measure_kept(method, images, tmp_path / "runs", "tree")
-    assert method.backbone.evaluations - counted == 5 * (10 + 4), "only the part that was missing"
+    counted = method.latent_model.evaluations
+    again = measure_kept(method, images, tmp_path / "runs", "tree")
+    assert method.latent_model.evaluations - counted == 5 * (10 + 4), "only the part that was missing"
     for one, other in ((first.errors.maps, again.errors.maps), (first.similarity, again.similarity)):
         np.testing.assert_array_equal(one, other)
     assert again.layers == 1 and again.labels.tolist() == [sample.label for sample in images]
@@ -237,8 +241,8 @@ def test_what_is_kept_is_read_again(images, tmp_path, monkeypatch):
 
 def test_what_belongs_to_something_else_is_refused(images, tmp_path):
     method, runs = small_method(), tmp_path / "runs"
-    dzad_tables.measure_kept(method, images[:4], runs, "tree", reconstruct=False)
-    dzad_tables.measure_kept(method, images[4:8], runs, "tree", reconstruct=False)
+    measure_kept(method, images[:4], runs, "tree", reconstruct=False)
+    measure_kept(method, images[4:8], runs, "tree", reconstruct=False)
     one, other = sorted(runs.rglob("*.npz"))
     other.write_bytes(one.read_bytes())
     kept = [Path(path).parent for path in (one, other)]
@@ -246,37 +250,36 @@ def test_what_belongs_to_something_else_is_refused(images, tmp_path):
     refused = 0
     for part in (images[:4], images[4:8]):
         try:
-            dzad_tables.measure_kept(method, part, runs, "tree", reconstruct=False)
-        except MethodError as error:
+            measure_kept(method, part, runs, "tree", reconstruct=False)
+        except RunError as error:
             refused += "holds other images or settings: delete it" in str(error)
     assert refused == 1
     one.write_bytes(b"PK")
     other.write_bytes(b"PK")
-    with pytest.raises(MethodError, match="is damaged"):
-        dzad_tables.measure_kept(method, images[:4], runs, "tree", reconstruct=False)
+    with pytest.raises(RunError, match="is damaged"):
+        measure_kept(method, images[:4], runs, "tree", reconstruct=False)
 
 
 def test_readings_share_what_is_kept_and_schedules_do_not(images, tmp_path):
     runs, method = tmp_path / "runs", small_method()
     for variant in (method, small_method(weighting="one", sigma=2.0)):
-        dzad_tables.measure_kept(variant, images[:2], runs, "tree", False)
+        measure_kept(variant, images[:2], runs, "tree", False)
     assert len(list(runs.rglob("*.npz"))) == 1
-    longer = dzad_tables.at_timesteps(method, 1400, "continued")
-    assert len(longer.backbone.alphas_cumprod) == 1400 and len(method.backbone.alphas_cumprod) == 1000
-    assert longer.model.guide is method.model.guide and longer.size == method.size
-    dzad_tables.measure_kept(longer, images[:2], runs, "tree", False)
+    longer = dzad_cross.at_timesteps(method, 1400, "continued")
+    assert len(longer.latent_model.alphas_cumprod) == 1400 and len(method.latent_model.alphas_cumprod) == 1000
+    assert longer.backbone.guide is method.backbone.guide and longer.size == method.size
+    measure_kept(longer, images[:2], runs, "tree", False)
     assert len(list(runs.rglob("*.npz"))) == 2
 
 
-def test_more_timesteps_make_more_noise(images, tmp_path, monkeypatch, plain_maps):
-    monkeypatch.setattr(dzad_tables, "load_methods", lambda *_, **__: {"SGSD": small_method()})
-    monkeypatch.setattr(dzad_tables, "labelled_samples", lambda name, limit: images)
-    monkeypatch.setattr(dzad_tables, "reading_options", lambda profile: {"sigma": 0, "pool": 2})
-    frame = dzad_tables.by_timesteps("lite", "tree", (500, 1000), runs=tmp_path / "runs", n_bootstrap=5)
+def test_more_timesteps_make_more_noise(images, tmp_path, monkeypatch):
+    monkeypatch.setattr(dzad_cross, "labelled_samples", lambda name, limit: images)
+    options = {"folder": tmp_path / "runs", "n_bootstrap": 5}
+    frame = dzad_cross.by_timesteps("tree", small_method(), {"sigma": 0, "pool": 2}, (500, 1000), **options)
     assert frame.groupby("T").size().tolist() == [4, 4] and frame.value.between(0, 1).all()
     table = dzad_tables.timesteps_table(frame)
     assert list(table.index) == [500, 1000]
-    assert set(table) == {f"{m}, {s}" for m in dzad_tables.METRICS.values() for s in ("rebuilt", "continued")}
+    assert set(table) == {f"{m}, {s}" for m in dzad_cross.METRICS.values() for s in ("rebuilt", "continued")}
     curves = dzad_tables.timestep_curves(frame)
     assert curves["image AUROC, percent"]["rebuilt"][0].tolist() == [500, 1000]
     assert curves["image AUROC, percent"]["rebuilt"][1][0] == 100 * frame.value[0]
@@ -288,19 +291,17 @@ def test_more_timesteps_make_more_noise(images, tmp_path, monkeypatch, plain_map
 
 def test_both_models_come_from_the_cross_protocol(monkeypatch):
     model, _ = guided_model()
-    model.facts = {"base": "lite-group-a"}
-    monkeypatch.setattr(dzad_tables, "load_guided", lambda name, device: replace(model, facts={"base": name}))
-    monkeypatch.setattr(dzad_tables, "load_backbone", lambda name, device: replace(model.backbone, name=f"base {name}"))
-    monkeypatch.setattr(dzad_tables, "load_features", lambda name, device: load_features("pixels"))
-    methods = dzad_tables.load_methods("lite", "synthad-B", per_stage=1, map_size=32)
-    assert isinstance(methods["SGSD"].model, guidance.GuidedModel)
-    assert methods["SD"].backbone.name == "base lite-dzad-a" and methods["SD"].grid["per_stage"] == 1
-    monkeypatch.setattr(dzad_tables, "load_guided", lambda name, device: replace(model, facts={}))
-    with pytest.raises(MethodError, match="lite-dzad-b names no base model"):
-        dzad_tables.load_methods("lite", "synthad-A")
-    monkeypatch.setattr(dzad_tables, "load_guided", lambda name, device: (_ for _ in ()).throw(ModelError("gone")))
-    with pytest.raises(ModelError, match="gone"):
-        dzad_tables.load_methods("lite", "synthad-A")
+    monkeypatch.setattr(profiles, "load_guided", lambda name, device: replace(model, facts={"base": name}))
+    monkeypatch.setattr(profiles, "load_backbone", lambda name, device: replace(model.backbone, name=f"base {name}"))
+    monkeypatch.setattr(profiles, "load_features", lambda name, device: load_features("pixels"))
+    one, *_ = crosses("lite", ["synthad-B"], per_stage=1, map_size=32)
+    models = one.models()
+    assert isinstance(models["SGSD"].backbone, guidance.GuidedModel) and one.auxiliary == "synthad-A"
+    assert models["SD"].backbone.name == "base lite-dzad-a" and models["SD"].per_stage == 1
+    assert [name for name, _ in one.baselines()] == ["local_contrast", "median", "patch_knn"]
+    monkeypatch.setattr(profiles, "load_guided", lambda name, device: replace(model, facts={}))
+    with pytest.raises(MethodError, match="lite-dzad-b names no base"):
+        crosses("lite", ["synthad-A"])[0].models()
 
 
 def test_judged_are_the_images_nearer_to_the_anomalous(directions):
@@ -341,7 +342,7 @@ def test_examples_are_the_best_the_median_and_the_worst():
         dzad_tables.best_median_worst(np.array([np.nan]))
     masks = np.zeros((2, 2, 2), bool)
     masks[0, 0, 0] = True
-    aurocs = dzad_tables.map_aurocs(np.array([[[3.0, 0], [0, 0]], [[1.0, 0], [0, 0]]]), masks)
+    aurocs = dzad_cross.map_aurocs(np.array([[[3.0, 0], [0, 0]], [[1.0, 0], [0, 0]]]), masks)
     assert aurocs[0] == 1 and np.isnan(aurocs[1])
 
 

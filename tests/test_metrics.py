@@ -284,9 +284,10 @@ def test_draws_equal_brute_force_resampling(levels):
     weights = rng.multinomial(9, [1 / 9] * 9, size=6).T.astype(float)
     weights[:, 0] = 1
     weights[-1], weights[0] = 1, 2  # both classes in every draw
-    exact = metrics._measure("image", labels == 1, scores, weights, "exact")
-    exact |= metrics._measure("pixel", masks, maps, weights, "exact")
-    official = metrics._measure("pixel", masks, maps, weights, "official")
+    every, pixels = metrics.METRICS, metrics.PIXEL_METRICS
+    exact = tables._measure(metrics.IMAGE_METRICS, every, labels == 1, scores, weights, "exact")
+    exact |= tables._measure(pixels, every, masks, maps, weights, "exact")
+    official = tables._measure(pixels, every, masks, maps, weights, "official")
     assert set(exact) == set(metrics.METRICS)
     for draw, counts in enumerate(weights.T.astype(int)):
         picked = np.repeat(np.arange(9), counts)
@@ -369,7 +370,8 @@ def test_draws_without_a_normal_pixel_are_left_out():
     weights = np.ones((6, 2))
     weights[:, 1] = [6, 0, 0, 0, 0, 0]
     for variant in ("exact", "official"):
-        for metric, values in metrics._measure("pixel", masks, maps, weights, variant).items():
+        measured = tables._measure(metrics.PIXEL_METRICS, metrics.METRICS, masks, maps, weights, variant)
+        for metric, values in measured.items():
             assert np.isfinite(values[0]) and np.isnan(values[1]), metric
 
 
@@ -463,3 +465,18 @@ def test_format_table():
     assert list(table.aupro) == ["87.2 [84.1, 90.0]", "n/a", "87.2 [84.1, 90.0]"]
     assert table.image_ap["b"] == "100.0"
     assert list(format_table(frame, ["image_ap"]).columns) == ["image_ap"]
+
+
+def test_metrics_asked_for_alone_are_the_same():
+    labels, scores, maps, masks = toy()
+    data = (["a"] * 5 + ["b"] * 4, labels[[0, 1, 6, 7, 2, 3, 4, 8, 5]], scores, maps, np.zeros_like(masks))
+    masks = masks[[0, 1, 6, 7, 2, 3, 4, 8, 5]]
+    for variant in ("exact", "official"):
+        whole = evaluate(*data[:4], masks, n_bootstrap=20, variant=variant)
+        for chosen in (["pixel_auroc"], ["aupro", "image_ap"], ["pixel_f1max"], list(metrics.METRICS)):
+            part = evaluate(*data[:4], masks, n_bootstrap=20, variant=variant, metrics=chosen)
+            expected = whole[whole.metric.isin(chosen)]
+            assert len(part) == 3 * len(chosen)
+            merged = part.merge(expected, on=["category", "metric"], suffixes=("", "_whole"))
+            pd.testing.assert_series_equal(merged.value, merged.value_whole, check_names=False)
+            pd.testing.assert_series_equal(merged.low, merged.low_whole, check_names=False)

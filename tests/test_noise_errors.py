@@ -1,4 +1,4 @@
-"""zsad_lib.noise_errors: the matrix cell by cell, its cost, independence of the batch, files, longer schedules."""
+"""zsad_lib.noise_errors: the matrix cell by cell, its cost, independence of the batch, longer schedules."""
 
 from dataclasses import replace
 
@@ -9,7 +9,7 @@ from test_backbones import tiny_backbone, tiny_scheduler
 from test_guidance import tiny_guided
 
 from zsad_lib.anomaly import noise_errors, weighting
-from zsad_lib.anomaly.noise_errors import measure
+from zsad_lib.anomaly.noise_errors import multi_timestep_errors
 from zsad_lib.diffusion.latent import EXTENSIONS, extend_schedule
 from zsad_lib.diffusion.noise import image_noise
 from zsad_lib.errors import MethodError, ModelError
@@ -41,7 +41,7 @@ CASES = {"plain": plain_case, "guided": guided_case}
 def test_every_cell(case):
     """F and maps from one network call a cell, written out: noise, prediction, square, mean."""
     backbone, predict, latents = CASES[case]()
-    found = measure(predict, latents, IDS, backbone.alphas_cumprod, **SMALL)
+    found = multi_timestep_errors(predict, latents, IDS, backbone.alphas_cumprod, **SMALL)
     assert found.timesteps.tolist() == [[1, 101], [201, 301], [401, 501], [601, 701], [801, 901]]
     assert found.errors.shape == (3, 5, 2, 2) and found.maps.shape == (3, 5, 2, 8, 8)
     for row, image in enumerate(IDS):
@@ -65,12 +65,12 @@ def test_every_cell(case):
 def test_batches_change_nothing(case):
     """Any batch size, images alone or among others, in any order: the same numbers to 1e-5."""
     backbone, predict, latents = CASES[case]()
-    whole = measure(predict, latents, IDS, backbone.alphas_cumprod, batch_size=1000, **SMALL)
+    whole = multi_timestep_errors(predict, latents, IDS, backbone.alphas_cumprod, batch_size=1000, **SMALL)
     for batch_size in (1, 7, 20):
-        other = measure(predict, latents, IDS, backbone.alphas_cumprod, batch_size=batch_size, **SMALL)
+        other = multi_timestep_errors(predict, latents, IDS, backbone.alphas_cumprod, batch_size=batch_size, **SMALL)
         assert np.abs(other.errors - whole.errors).max() < 1e-5 and np.abs(other.maps - whole.maps).max() < 1e-5
     order = torch.tensor([2, 0])
-    fewer = measure(
+    fewer = multi_timestep_errors(
         lambda z, t, rows: predict(z, t, order[rows]),
         latents[order],
         [IDS[k] for k in order],
@@ -85,7 +85,9 @@ def test_batches_change_nothing(case):
 def test_the_cost_is_what_is_stated(case):
     backbone, predict, latents = CASES[case]()
     before, seen = backbone.evaluations, []
-    measure(predict, latents, IDS, backbone.alphas_cumprod, batch_size=16, callback=lambda *n: seen.append(n), **SMALL)
+    multi_timestep_errors(
+        predict, latents, IDS, backbone.alphas_cumprod, batch_size=16, callback=lambda *n: seen.append(n), **SMALL
+    )
     assert backbone.evaluations - before == noise_errors.evaluations(3, 5, 2, 2) == 60
     assert seen == [(16, 60), (32, 60), (48, 60), (60, 60)]
 
@@ -95,7 +97,7 @@ def test_the_cost_with_text_guidance():
     with torch.no_grad():
         cond, uncond = backbone.embed(["a", "b", "c"]), backbone.embed([""] * 3)
     before = backbone.evaluations
-    measure(
+    multi_timestep_errors(
         lambda z, t, rows: backbone.predict_noise(z, t, cond[rows], uncond[rows], 3.5),
         latents,
         IDS,
@@ -108,10 +110,12 @@ def test_the_cost_with_text_guidance():
 def test_noise_is_drawn_anew_for_image_timestep_and_seed():
     """With a prediction of zero the errors are the noise's own squares: they all differ, and average to one."""
     latents = torch.zeros(3, 4, 8, 8)
-    found = measure(lambda z, t, rows: torch.zeros_like(z), latents, IDS, tiny_scheduler().alphas_cumprod, **SMALL)
+    found = multi_timestep_errors(
+        lambda z, t, rows: torch.zeros_like(z), latents, IDS, tiny_scheduler().alphas_cumprod, **SMALL
+    )
     assert len(np.unique(found.errors)) == found.errors.size
     assert found.errors.mean() == pytest.approx(1, abs=0.02)
-    more = measure(
+    more = multi_timestep_errors(
         lambda z, t, rows: torch.zeros_like(z), latents, IDS, tiny_scheduler().alphas_cumprod, 5, 2, (7, 0, 1)
     )
     assert np.array_equal(more.errors[..., 1::-1], found.errors)
@@ -133,48 +137,12 @@ def test_a_tensor_of_timesteps_is_a_timestep_each():
             assert not torch.allclose(together, backbone.predict_noise(z, 500, *options), atol=1e-3)
 
 
-# --- files
-
-
-def test_saved_and_loaded_again(tmp_path):
-    backbone, predict, latents = plain_case()
-    for keep in (True, False):
-        found = measure(predict, latents, IDS, backbone.alphas_cumprod, keep_maps=keep, **SMALL)
-        found.save(tmp_path / "f.npz")
-        again = noise_errors.load(tmp_path / "f.npz")
-        assert again.ids.tolist() == IDS and (again.maps is None) == (not keep)
-        for name, value in vars(found).items():
-            assert value is None or np.array_equal(getattr(again, name), value), name
-            assert value is None or getattr(again, name).dtype == value.dtype, name
-    assert [path.name for path in tmp_path.iterdir()] == ["f.npz"]
-
-
-def test_an_interrupted_save_keeps_the_file_before(tmp_path, monkeypatch):
-    backbone, predict, latents = plain_case()
-    found = measure(predict, latents, IDS, backbone.alphas_cumprod, **SMALL)
-    found.save(tmp_path / "f.npz")
-    monkeypatch.setattr(noise_errors.os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        replace(found, errors=found.errors * 0).save(tmp_path / "f.npz")
-    assert noise_errors.load(tmp_path / "f.npz").errors.any()
-
-
-def test_bad_files_are_named(tmp_path):
-    (tmp_path / "cut.npz").write_bytes(b"PK not a zip")
-    np.savez(tmp_path / "other.npz", scores=np.ones(3))
-    for name in ("cut.npz", "other.npz"):
-        with pytest.raises(MethodError, match=f"{name} holds no noise errors"):
-            noise_errors.load(tmp_path / name)
-    with pytest.raises(FileNotFoundError):
-        noise_errors.load(tmp_path / "none.npz")
-
-
 def test_join():
     backbone, predict, latents = plain_case()
-    whole = measure(predict, latents, IDS, backbone.alphas_cumprod, **SMALL)
+    whole = multi_timestep_errors(predict, latents, IDS, backbone.alphas_cumprod, **SMALL)
 
     def part(chosen, **options):
-        return measure(
+        return multi_timestep_errors(
             lambda z, t, rows: predict(z, t, torch.tensor(chosen)[rows]),
             latents[chosen],
             [IDS[k] for k in chosen],
@@ -231,7 +199,7 @@ def test_measuring_with_more_timesteps(reading):
     backbone = replace(original, scheduler=extend_schedule(original.scheduler, 1400, reading))
     with torch.no_grad():
         cond = backbone.embed(["", "", ""])
-    found = measure(
+    found = multi_timestep_errors(
         lambda z, t, rows: backbone.predict_noise(z, t, cond[rows]), latents, IDS, backbone.alphas_cumprod, **SMALL
     )
     assert found.timesteps.max() == 1261 and len(found.alphas_cumprod) == 1400
@@ -252,9 +220,9 @@ def test_measuring_with_more_timesteps(reading):
         (lambda: extend_schedule(tiny_scheduler(), 1400, "padded"), "'padded' is unknown; .*'continued'"),
         (lambda: extend_schedule(tiny_scheduler(), 1), "at least 2 timesteps, not 1"),
         (lambda: extend_schedule(tiny_scheduler(trained_betas=[0.1] * 5), 9), "only 'continued'"),
-        (lambda: measure(None, torch.zeros(2, 4, 8, 8), ["a"], [0.5] * 9), "2 latents need as many ids"),
-        (lambda: measure(None, torch.zeros(2, 4, 8, 8), ["a", "a"], [0.5] * 9), "all different"),
-        (lambda: measure(None, torch.zeros(1, 4, 8, 8), ["a"], [0.5] * 9, seeds=()), "at least one seed"),
+        (lambda: multi_timestep_errors(None, torch.zeros(2, 4, 8, 8), ["a"], [0.5] * 9), "2 latents need as many ids"),
+        (lambda: multi_timestep_errors(None, torch.zeros(2, 4, 8, 8), ["a", "a"], [0.5] * 9), "all different"),
+        (lambda: multi_timestep_errors(None, torch.zeros(1, 4, 8, 8), ["a"], [0.5] * 9, seeds=()), "at least one seed"),
     ],
 )
 def test_errors(call, message):

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from PIL import Image
+from helpers import save_image, write_tree
 
 from zsad_lib.data.datasets import load_dataset
 from zsad_lib.data.images import load_masks
@@ -23,31 +23,10 @@ from zsad_lib.methods import Scores, make_method
 SIZE = 12
 
 
-def write_tree(root, per_class=6, categories=("box", "lid")):
-    """A dataset in the MVTec layout, 16 px, with a bright square as the defect."""
-    rng = np.random.default_rng(0)
-    for category in categories:
-        for defect in ("good", "spot"):
-            for i in range(per_class):
-                pixels = rng.integers(60, 120, (16, 16, 3)).astype(np.uint8)
-                mask = np.zeros((16, 16), np.uint8)
-                if defect == "spot":
-                    mask[4:9, 2 + i % 4 : 8 + i % 4] = 255
-                    pixels[mask > 0] += 100
-                    save(mask, root / category / "ground_truth" / defect / f"{i:03}_mask.png")
-                save(pixels, root / category / "test" / defect / f"{i:03}.png")
-    return root
-
-
-def save(array, path):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(array).save(path)
-
-
 class Fake:
     """Red times green as the map, the same bits in any batch; notes its batches, and can get stuck in one."""
 
-    name, size = "fake", SIZE
+    name, size, control = "fake", SIZE, None
 
     def __init__(self, log=None, stuck_in=None, **config):
         self.log, self.stuck_in, self.config = log, stuck_in, {"seed": 3, **config}
@@ -106,7 +85,7 @@ def test_a_moved_dataset_is_the_same_run_and_a_changed_one_is_not(tree, tmp_path
     assert run_folder(moved, Fake(), tmp_path) == here
     assert run_folder(moved, Fake(depth=1), tmp_path) != here
     assert run_folder(moved.select(limit=2), Fake(), tmp_path) != here
-    save(np.zeros((40, 40, 3), np.uint8), moved[0].image_path)
+    save_image(moved[0].image_path, np.zeros((40, 40, 3), np.uint8))
     assert run_folder(moved, Fake(), tmp_path) != here
 
 
@@ -165,7 +144,7 @@ def test_second_process_is_told_who_is_at_work(tree, tmp_path):
     process = worker(tree, log, out, stuck_in=1)
     try:
         wait_for(lambda: log.exists() and batches(log), process)
-        with pytest.raises(RunError, match=f"process {process.pid} is scoring"):
+        with pytest.raises(RunError, match=f"process {process.pid}"):
             score(tree, Fake(), out, progress=False)
     finally:
         process.kill()

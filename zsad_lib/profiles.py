@@ -144,6 +144,7 @@ def make(profile: str, method: str, random_weights: str | None = None, device: s
     made = make_method(method, device=device, random_weights=random_weights, **profile_options(profile, method) | given)
     name = own.pop("reference", None)
     if name is None:
+        made.unfitted = {key: own.get(key) for key in made.unfitted}  # as it was asked for stands in the record
         return made
     return made.fit(labelled_images(name, **own) if method == "dzad" else normal_images(name, **own))
 

@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zsad_lib.anomaly.resize import resize
 from zsad_lib.diffusion import ddim
 from zsad_lib.diffusion.latent import Backbone, load_backbone
 from zsad_lib.diffusion.loading import (
@@ -48,8 +48,7 @@ class FeatureExtractor:
 
     def __call__(self, images: Tensor) -> list[Tensor]:
         images = images.to(self.device, torch.float32)
-        if self.size is not None and images.shape[-2:] != (self.size, self.size):
-            images = F.interpolate(images, (self.size, self.size), mode="bilinear", antialias=True)
+        images = images if self.size is None else resize(images, self.size)
         mean, std = (images.new_tensor(values).view(1, 3, 1, 1) for values in (self.mean, self.std))
         return self.forward((images - mean) / std)
 

@@ -212,8 +212,9 @@ def load_guided(
     backbone = load_backbone(base or name_or_path, device, dtype, random_weights)
     backbone.scheduler = extend_schedule(backbone.scheduler, facts["timesteps"], facts["schedule"])
     if random_weights:
-        guide = SemanticGuide.from_unet(backbone.unet, backbone.scale_factor.bit_length() - 1).requires_grad_(False)
-        return GuidedModel(backbone, guide.eval(), facts["mode"], facts)
+        with control_seed():  # or a control's record would never recur
+            guide = SemanticGuide.from_unet(backbone.unet, backbone.scale_factor.bit_length() - 1)
+        return GuidedModel(backbone, guide.requires_grad_(False).eval(), facts["mode"], facts)
     if base:
         _put_decoder(backbone, load_file(fetch(where, None, cached_file, DECODER)), where.name)
     return GuidedModel(backbone, _read_guide(where, backbone), facts["mode"], facts)

@@ -27,7 +27,8 @@ def find_runs(
             loaded.append(load_results(folder))
     if not loaded:
         where = f"among {len(found)} run folders" if folders else f"in {out}"
-        raise RunError(f"no finished run {f'on {dataset} ' if dataset else ''}{where}: `zsad score` first")
+        reasons = "".join(f"; left out, {reason}" for reason in left_out)
+        raise RunError(f"no finished run {f'on {dataset} ' if dataset else ''}{where}: `zsad score` first{reasons}")
     return loaded, left_out
 
 

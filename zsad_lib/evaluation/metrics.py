@@ -15,11 +15,12 @@ from zsad_lib.errors import UndefinedMetric
 IMAGE_METRICS = ("image_auroc", "image_ap", "image_f1max")
 PIXEL_METRICS = ("pixel_auroc", "pixel_ap", "pixel_f1max", "aupro")
 METRICS = IMAGE_METRICS + PIXEL_METRICS
+KINDS = ("auroc", "ap", "f1max", "aupro")
 ONCE = np.ones((1, 1))  # the weights of a set that is one unit, drawn once
 BLOCK = 2**17  # floats per work array: they stay in the cache, whatever the number of pixels and draws
 
 
-# ---------------------------------------------------------------------------------------- single values
+# --- single values
 
 
 def auroc(labels: Any, scores: Any) -> float:
@@ -75,7 +76,7 @@ def _label_metric(name, labels, scores):
     return float(sweep(pool_scores("item", labels, scores, 1), ONCE)[name][0])
 
 
-# ----------------------------------------------------------------------------------------------- inputs
+# --- inputs
 
 
 def binary(values, name):
@@ -125,7 +126,7 @@ def region_shares(masks):
     return shares
 
 
-# ----------------------------------------------------------------------------- one sort, many resamples
+# --- one sort, many resamples
 
 
 class _Pool(NamedTuple):
@@ -158,8 +159,8 @@ def totals(pool, weights):
     return sizes @ weights, counts @ weights, regions @ weights
 
 
-def sweep(pool, weights, limit=0.3):
-    """All metrics of each column of weights [n,R] (how often an image is drawn): {name: [R]}, NaN: undefined.
+def sweep(pool, weights, limit=0.3, wanted=KINDS):
+    """The metrics `wanted` of each column of weights [n,R] (how often an image is drawn): {name: [R]}, NaN: undefined.
 
     The curves change direction at the P distinct anomalous scores alone, so nothing is computed elsewhere.
     """
@@ -175,14 +176,16 @@ def sweep(pool, weights, limit=0.3):
     for first in range(0, len(starts), rows):
         before, through = _false_positives(pool, pool.positives[starts[first : first + rows]], weights)
         gain = members[first : first + rows] @ weights
-        hits = np.cumsum(gain, axis=0)
-        hits += above
-        above = hits[-1]
-        area += np.einsum("kr,kr->r", gain, n_neg - (before + through) / 2)
-        found = hits + through
-        ap += np.einsum("kr,kr->r", gain, hits / np.maximum(found, 1))
-        f1 = np.maximum(f1, (2 * hits / np.maximum(found + n_pos, 1)).max(0))
-        if pool.share.any():
+        if "auroc" in wanted:
+            area += np.einsum("kr,kr->r", gain, n_neg - (before + through) / 2)
+        if "ap" in wanted or "f1max" in wanted:
+            hits = np.cumsum(gain, axis=0)
+            hits += above
+            above = hits[-1]
+            found = hits + through
+            ap += np.einsum("kr,kr->r", gain, hits / np.maximum(found, 1))
+            f1 = np.maximum(f1, (2 * hits / np.maximum(found + n_pos, 1)).max(0))
+        if "aupro" in wanted and pool.share.any():
             pro += np.einsum("kr,kr->r", shares[first : first + rows] @ weights, _reach(before, through, cut))
     with np.errstate(invalid="ignore", divide="ignore"):
         undefined = np.where((n_neg > 0) & (n_pos > 0), 0, np.nan)
@@ -192,7 +195,7 @@ def sweep(pool, weights, limit=0.3):
             "f1max": f1,
             "aupro": np.minimum(pro / (cut * n_regions), 1),
         }
-        return {name: value + undefined for name, value in values.items()}
+        return {name: values[name] + undefined for name in wanted}
 
 
 def _false_positives(pool, thresholds, weights):
@@ -214,9 +217,3 @@ def _reach(before, through, cut):
         return flat
     ramp = np.minimum(cut, through) - np.minimum(cut, before)
     return flat + ramp**2 / np.maximum(2 * (through - before), 1)
-
-
-# ---------------------------------------------------------------------------------------- whole data sets
-
-
-# --------------------------------------------------- official variants (DIVAD, VLMDiff, DiAD evaluation code)

@@ -33,7 +33,7 @@ def aupro_official(masks: Any, maps: Any, n_thresholds: int = 200) -> float:
 
 def official_values(metrics, pool, sweep, weights):
     """The entries of `_measure` that differ from the exact ones."""
-    values = {metrics[0]: np.maximum(sweep["auroc"], 1 - sweep["auroc"])}
+    values = {m: np.maximum(sweep["auroc"], 1 - sweep["auroc"]) for m in metrics if m.endswith("_auroc")}
     if "aupro" in metrics:
         try:
             values["aupro"] = _official_areas(pool, weights)

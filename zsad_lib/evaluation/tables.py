@@ -36,15 +36,16 @@ def evaluate(
     variant: str = "exact",
     confidence: float = 0.95,
     defects: Sequence[str] | None = None,
+    metrics: Sequence[str] = METRICS,
 ) -> pd.DataFrame:
-    """Every metric of every category, and their mean, with bootstrap intervals.
+    """The metrics of every category, and their mean, with bootstrap intervals.
 
     categories: n names; labels: [n] 0/1; image_scores: [n]; maps: [n,H,W] or None; masks: bool [n,H,W] or
     None; variant: "exact", or "official" (flipped AUROC, `aupro_official`, the rest unchanged).
     defects: n names, or None. When given, every defect type of a category is measured on its own, against
-    all of the category's normal images, in rows named "category/defect".
+    all of the category's normal images, in rows named "category/defect". metrics: which of `METRICS`.
 
-    Returns a long frame with columns category, metric (one of `METRICS`), value, low, high (fractions in
+    Returns a long frame with columns category, metric, value, low, high (fractions in
     [0, 1]), n_normal, n_anomalous (images), reason; its `attrs` hold variant, n_bootstrap, seed, confidence.
     An undefined metric has value NaN and its reason in words. The rows of category "mean" average the
     categories where the metric is defined; their reason lists the ones left out.
@@ -67,19 +68,19 @@ def evaluate(
     if pixels:
         masks, maps = mask_stack(masks, maps if variant == "exact" else np.asarray(maps, dtype=np.float32))
         _check_order(categories, labels, masks)
-    rows, kept = [], {metric: [] for metric in METRICS}
+    rows, kept = [], {metric: [] for metric in metrics}
     for category, group, images in _groups(categories, labels, defects):
         totals = maps[images].sum((1, 2)) if pixels else np.zeros(len(images))
         images = images[np.lexsort((totals, image_scores[images]))]  # draws must not depend on the order
         weights = _draws(labels[images], category, group, n_bootstrap, seed)
-        results = _measure("image", labels[images], image_scores[images], weights, variant)
+        results = _measure(IMAGE_METRICS, metrics, labels[images], image_scores[images], weights, variant)
         if pixels:
-            results |= _measure("pixel", masks[images], maps[images], weights, variant)
-        for metric in METRICS:
+            results |= _measure(PIXEL_METRICS, metrics, masks[images], maps[images], weights, variant)
+        for metric in metrics:
             result = results.get(metric, "no anomaly maps" if maps is None else "no masks")
             rows.append(_row(group, metric, result, labels[images], confidence))
             kept[metric].append((group, images, result))
-    rows += [_mean_row(metric, kept[metric], labels, confidence) for metric in METRICS]
+    rows += [_mean_row(metric, kept[metric], labels, confidence) for metric in metrics]
     frame = pd.DataFrame(rows, columns=COLUMNS)
     frame.attrs = {"variant": variant, "n_bootstrap": n_bootstrap, "seed": seed, "confidence": confidence}
     return frame
@@ -150,16 +151,18 @@ def _draws(labels, category, group, n_bootstrap, seed):
     return weights
 
 
-def _measure(item, positive, scores, weights, variant):
-    """{metric of that item: its value in every draw [1 + n_bootstrap], or the reason why it has none}."""
-    metrics = IMAGE_METRICS if item == "image" else PIXEL_METRICS
-    shares = None if item == "image" else region_shares(positive)
+def _measure(kind, wanted, positive, scores, weights, variant):
+    """{metric of that kind: its value in every draw [1 + n_bootstrap], or the reason why it has none}."""
+    metrics, item = [metric for metric in kind if metric in wanted], kind[0].partition("_")[0]
+    if not metrics:
+        return {}
+    shares = region_shares(positive) if "aupro" in metrics else None
     try:
         pool = pool_scores(item, positive, scores, len(positive), shares)
     except UndefinedMetric as reason:
         return dict.fromkeys(metrics, str(reason))
-    found = sweep(pool, weights)
-    values = {metric: found[metric.split("_")[-1]] for metric in metrics}
+    found = sweep(pool, weights, wanted=[metric.rpartition("_")[2] for metric in metrics])
+    values = {metric: found[metric.rpartition("_")[2]] for metric in metrics}
     return values if variant == "exact" else values | official_values(metrics, pool, found, weights)
 
 
@@ -236,4 +239,4 @@ def compare(
     results_by_label: dict[str, Results], names: Sequence[str] = METRICS, per_category: bool = False, **options
 ) -> pd.DataFrame:
     """One table of several runs over the same images, a method beside its controls: `evaluate_runs`, `tabulate`."""
-    return tabulate(evaluate_runs(results_by_label, **options), names, per_category)
+    return tabulate(evaluate_runs(results_by_label, metrics=names, **options), names, per_category)

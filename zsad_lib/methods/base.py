@@ -124,8 +124,8 @@ def at_least(least: float, **values: float | None) -> None:
             raise MethodError(f"{name} must be {least} or more, not {value}")
 
 
-def check_batch(images: torch.Tensor, ids: list[str], categories: list[str]) -> None:
-    if images.ndim != 4 or images.shape[1] != 3:
+def check_batch(images: torch.Tensor, ids: list[str], categories: list[str], channels: tuple[int, ...] = (3,)) -> None:
+    if images.ndim != 4 or images.shape[1] not in channels:
         raise MethodError(f"images must be [B,3,H,W], not {list(images.shape)}")
     if not len(images) == len(ids) == len(categories):
         raise MethodError(f"{len(images)} images came with {len(ids)} ids and {len(categories)} categories")

@@ -14,7 +14,7 @@ from zsad_lib.diffusion import ddim
 from zsad_lib.diffusion.noise import to_host
 from zsad_lib.diffusion.pixel import PixelModel
 from zsad_lib.errors import MethodError
-from zsad_lib.methods.base import Method, Scores
+from zsad_lib.methods.base import Method, Scores, check_batch
 
 Variant = Literal["1d", "6d"]
 COMPONENTS = (50, 100)  # of the mixture of the 6-D variant
@@ -121,6 +121,7 @@ class DiffPath(Method):
 
     def score(self, images: torch.Tensor, ids: list[str], categories: list[str]) -> Scores:
         """As `Method.score`; the images' ids and categories are not used. details: evaluations [B]."""
+        check_batch(images, ids, categories, channels=(1, 3))
         if self.variant == "6d" and self.reference is None:
             raise MethodError("variant '6d' needs a reference of normal images, given by fit; '1d' works without")
         values = self.statistics(images)

@@ -21,9 +21,22 @@ from zsad_lib.diffusion.latent import Backbone
 from zsad_lib.diffusion.noise import image_noise, to_host
 from zsad_lib.errors import MethodError
 from zsad_lib.methods.base import Method, Scores, at_least, check_batch, setting
-from zsad_lib.methods.dzad_reading import BRANCHES, DECISIONS, MAPS, Decision, Map, Measured, Reading, join
+from zsad_lib.methods.dzad_reading import (
+    BRANCHES,
+    DECISIONS,
+    MAPS,
+    Decision,
+    Map,
+    Measured,
+    Reading,
+    best_threshold,
+    branch_weights,
+    class_distances,
+    join,
+)
 
-__all__ = ["BRANCHES", "DECISIONS", "DZAD", "MAPS", "Measured", "Measuring", "Reading", "join"]
+__all__ = ["BRANCHES", "DECISIONS", "DZAD", "MAPS", "Measured", "Measuring", "Reading"]
+__all__ += ["best_threshold", "branch_weights", "class_distances", "join"]
 
 
 @dataclass(kw_only=True)

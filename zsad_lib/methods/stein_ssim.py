@@ -22,7 +22,7 @@ from zsad_lib.diffusion import ddim
 from zsad_lib.diffusion.noise import image_noise, to_host
 from zsad_lib.diffusion.pixel import PixelModel
 from zsad_lib.errors import MethodError
-from zsad_lib.methods.base import Method, Scores, check_settings
+from zsad_lib.methods.base import Method, Scores, check_batch, check_settings
 from zsad_lib.methods.diffpath import ddim_timesteps, noise_path, path_powers
 
 Error = Literal["denoising", "trajectory"]
@@ -240,6 +240,7 @@ class SteinSSIM(Method):
 
     def score(self, images: torch.Tensor, ids: list[str], categories: list[str]) -> Scores:
         """As `Method.score`; the categories are not used. details: evaluations [B]."""
+        check_batch(images, ids, categories, channels=(1, 3))
         if self.reading.decision == "typicality" and self.reference is None:
             raise MethodError("decision 'typicality' needs a reference of normal images, given by fit; 'sum' does not")
         scores = torch.from_numpy(self.reading.scores(self._extract(images, ids), self._density))

@@ -154,7 +154,7 @@ def by_timesteps(
             frame = aurocs(direction, scores, maps, n_bootstrap, seed)
             frames.append(frame[frame.category == "mean"].assign(T=T, schedule=schedule))
     frame = pd.concat(frames, ignore_index=True)
-    return frame[frame.metric.isin(METRICS)][["T", "schedule", "metric", "value", "low", "high"]].reset_index(drop=True)
+    return frame[["T", "schedule", "metric", "value", "low", "high"]]
 
 
 def at_timesteps(model: Measuring, T: int, schedule: str = "rebuilt") -> Measuring:
@@ -167,7 +167,7 @@ def at_timesteps(model: Measuring, T: int, schedule: str = "rebuilt") -> Measuri
 def aurocs(direction: Direction, scores: np.ndarray, maps: np.ndarray, n_bootstrap: int, seed: int) -> pd.DataFrame:
     """`tables.evaluate` of scores [I] and maps [I,H,H] of a Direction's images."""
     categories, labels = zip(*((sample.category, sample.label) for sample in direction.samples), strict=True)
-    return evaluate(categories, labels, scores, maps, direction.masks, n_bootstrap, seed)
+    return evaluate(categories, labels, scores, maps, direction.masks, n_bootstrap, seed, metrics=list(METRICS))
 
 
 def map_aurocs(maps: np.ndarray, masks: np.ndarray) -> np.ndarray:

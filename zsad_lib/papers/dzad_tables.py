@@ -87,7 +87,7 @@ def evaluate_baselines(directions: Directions, n_bootstrap: int = 200, seed: int
     frames = []
     for target, direction in directions.items():
         for name, results in direction.baselines.items():
-            frame = evaluate_run(results, n_bootstrap=n_bootstrap, seed=seed)
+            frame = evaluate_run(results, n_bootstrap=n_bootstrap, seed=seed, metrics=list(METRICS))
             frames.append(frame.assign(target=target, row=name))
     return _joined(frames)
 
@@ -120,8 +120,7 @@ def error_levels(directions: Directions, model: str = "SGSD") -> pd.DataFrame:
 
 
 def _joined(frames):
-    frame = pd.concat(frames, ignore_index=True)[["target", "row", *COLUMNS]]
-    return frame[frame.metric.isin(METRICS)].reset_index(drop=True)
+    return pd.concat(frames, ignore_index=True)[["target", "row", *COLUMNS]]
 
 
 def stage_errors(direction: Direction, model: str = "SGSD") -> dict[str, dict[str, np.ndarray]]:

@@ -225,8 +225,8 @@ def _aurocs(scores, name, others, n_bootstrap, seed):
     defects = np.repeat(sets, [len(scores[s]) for s in sets])
     values = np.concatenate([scores[s] for s in sets]).astype(np.float64)
     labels = (defects != name).astype(int)
-    frame = evaluate([name] * len(labels), labels, values, n_bootstrap=n_bootstrap, seed=seed, defects=defects)
-    for row in frame[frame.metric == "image_auroc"].itertuples():
+    drawn = {"n_bootstrap": n_bootstrap, "seed": seed, "metrics": ["image_auroc"]}
+    for row in evaluate([name] * len(labels), labels, values, defects=defects, **drawn).itertuples():
         yield row.category.rpartition("/")[2], row.value, row.low, row.high, row.n_normal, row.n_anomalous
 
 

@@ -12,15 +12,19 @@ import torch
 
 from zsad_lib.diffusion.loading import pick_device
 from zsad_lib.errors import TrainingError
+from zsad_lib.methods.base import check_settings
 
 UNNAMED = ("root", "data", "train_on")  # options that are no part of a variant's name
 
 
-@dataclass(frozen=True)
+@dataclass
 class Recipe:
-    """One kind of model to train; the fields are its options."""
+    """One kind of model to train; the fields are its options, checked by their types."""
 
     steps: int
+
+    def __post_init__(self) -> None:
+        check_settings(self)
 
     def check(self) -> None:
         """Refuse options that cannot work, before anything is read or drawn."""
@@ -71,9 +75,6 @@ def _with_options(name: str, recipe: Recipe, options: dict) -> Recipe:
     unknown = sorted(set(options) - set(known))
     if unknown:
         raise TrainingError(f"{name} has no option {', '.join(unknown)}; it has: {', '.join(known)}")
-    for key, value in options.items():
-        if isinstance(getattr(recipe, key), int | float) and not isinstance(value, int | float):
-            raise TrainingError(f"option {key} of {name} is a number, not {value!r}")
     return replace(recipe, **options)
 
 

@@ -1,6 +1,5 @@
 """The compact captioner: it says a drawing's category and the attributes it was drawn with."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,11 +50,11 @@ def build_captioner(tokenizer: PreTrainedTokenizerFast) -> VisionEncoderDecoderM
     return model
 
 
-@dataclass(frozen=True)
+@dataclass
 class CaptionerRecipe(Recipe):
     """A vision encoder-decoder that writes a drawing's caption."""
 
-    categories: Sequence[str]
+    categories: tuple[str, ...]
     per_category: int  # drawings of each
 
     def train(self, out: Path, work: Path, seed: int, device: torch.device) -> None:

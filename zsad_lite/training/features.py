@@ -1,7 +1,6 @@
 """The compact feature extractor, trained without labels: a place must be recognised in its redrawn, degraded copy."""
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,11 +88,11 @@ def _redraw(backbone, images, prompts, t_latent, t_denoise):
     return (backbone.decode(z) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
-@dataclass(frozen=True)
+@dataclass
 class FeaturesRecipe(Recipe):
     """A small ResNet trained without labels, on normal images and their redrawings: see `place_loss`."""
 
-    categories: Sequence[str]
+    categories: tuple[str, ...]
     per_category: int  # drawings of each
     pipeline: str  # the folder of the pipeline whose redrawings the features will be used on
 

@@ -2,7 +2,6 @@
 
 import json
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -133,22 +132,22 @@ def require_pipeline(folder: str) -> None:
         raise TrainingError(f"there is no pipeline in {folder}: train lite-foundation first, or give another folder")
 
 
-@dataclass(frozen=True)
+@dataclass
 class PipelineRecipe(Recipe):
     """A text-conditioned latent diffusion pipeline on normal drawings and on photographs."""
 
-    categories: Sequence[str]
+    categories: tuple[str, ...]
     per_category: int  # drawings of each
     vae_steps: int = 0
     autoencoder: str | None = None  # a pipeline whose autoencoder is kept as it is; without it one is trained
     tokenizer: str | None = None  # kept where it exists, so that a rerun numbers the words as the shipped model does
-    widths: Sequence[int] = (96, 128, 128)
+    widths: tuple[int, ...] = (96, 128, 128)
     attention_levels: int = 2
     pictures: int = 0  # of no product, mixed in under the empty prompt
     surfaces: int = 0  # bare ones, likewise
     learning_rate: float = 5e-4
     ema_decay: float = 0.995
-    keep: Sequence[int] = ()  # steps after which the average is kept besides
+    keep: tuple[int, ...] = ()  # steps after which the average is kept besides
 
     def check(self) -> None:
         if self.autoencoder:

@@ -1,6 +1,5 @@
 """The compact unconditional pixel models: a DDPM of 32 x 32 pixels, on drawings or on a folder of images."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,11 +38,11 @@ def folder_pool(folder: str | Path) -> np.ndarray:
     return (torch.stack(pixels) * 255).round().byte().permute(0, 2, 3, 1).numpy()
 
 
-@dataclass(frozen=True)
+@dataclass
 class PixelRecipe(Recipe):
     """An unconditional DDPM."""
 
-    categories: Sequence[str] = ()  # to draw
+    categories: tuple[str, ...] = ()  # to draw
     per_category: int = 0  # drawings of each
     data: str | Path | None = None  # or a folder of images
 

@@ -1,0 +1,105 @@
+"""What is kept is complete or absent, known by its key, and held by one process at a time."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from zsad_lib import store
+from zsad_lib.errors import RunError
+
+ARRAYS = {"scores": np.arange(3.0), "ids": np.array(["a", "b", "c"])}
+
+
+def test_arrays_survive_the_disk(tmp_path):
+    store.write_arrays(tmp_path / "deeper/a.npz", ARRAYS | {"size": 7})
+    found = store.read_arrays(tmp_path / "deeper/a.npz")
+    assert found.keys() == {"scores", "ids", "size"} and int(found["size"]) == 7
+    assert all(np.array_equal(found[key], value) and found[key].dtype == value.dtype for key, value in ARRAYS.items())
+
+
+@pytest.mark.parametrize("fault", [KeyboardInterrupt, OSError])
+@pytest.mark.parametrize("moment", ["fsync", "replace"])
+def test_an_interrupted_write_leaves_what_was_there(tmp_path, monkeypatch, fault, moment):
+    path = tmp_path / "a.json"
+    store.write_json(path, {"whole": True})
+    monkeypatch.setattr(os, moment, lambda *_: (_ for _ in ()).throw(fault))
+    with pytest.raises(fault):
+        store.write_json(path, {"whole": False})
+    assert store.read_json(path) == {"whole": True} and [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_kept_measures_once_and_knows_its_key(tmp_path):
+    path, asked = tmp_path / "a.npz", []
+
+    def measure():
+        asked.append(1)
+        return ARRAYS
+
+    for _ in range(2):
+        found = store.kept(path, "key", measure)
+        assert found.keys() == ARRAYS.keys() and np.array_equal(found["scores"], ARRAYS["scores"])
+    assert len(asked) == 1
+    with pytest.raises(RunError, match="a.npz holds other"):
+        store.kept(path, "another key", measure)
+    np.savez(path, **ARRAYS)
+    with pytest.raises(RunError, match="a.npz holds other"):
+        store.kept(path, "key", measure)
+
+
+@pytest.mark.parametrize("content", [b"", b"PK not a zip", b"\x00" * 100])
+def test_damaged_files_are_named(tmp_path, content):
+    for name, read in (("bad.npz", store.read_arrays), ("bad.json", store.read_json)):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(RunError, match=name):
+            read(tmp_path / name)
+    store.write_arrays(tmp_path / "cut.npz", {"a": np.arange(1000)})
+    whole = (tmp_path / "cut.npz").read_bytes()
+    for damaged in (whole[:-20], whole[: len(whole) // 2], whole[:200] + bytes([whole[200] ^ 255]) + whole[201:]):
+        (tmp_path / "cut.npz").write_bytes(damaged)
+        with pytest.raises(RunError, match="cut.npz"):
+            store.read_arrays(tmp_path / "cut.npz")
+
+
+def test_a_fingerprint_is_of_the_content_and_not_of_its_order():
+    one = store.fingerprint({"a": 1, "b": [1.0, None]})
+    assert one == store.fingerprint({"b": [1.0, None], "a": 1}) != store.fingerprint({"a": 1, "b": [1.5, None]})
+    assert len(one) == 64 and store.digest(b"") == "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+    assert store.file_name("a b/c: (random U-Net)") == "a_b_c_random_U-Net_"
+
+
+def test_a_lock_holds_other_processes_off_and_ends_with_its_process(tmp_path):
+    code = f"from zsad_lib import store\nwith store.locked({str(tmp_path / 'lock')!r}, 'it'): print('held'); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout.readline() == "held\n"
+        with (
+            pytest.raises(RunError, match="another process is writing the run"),
+            store.locked(tmp_path / "lock", "the run"),
+        ):
+            pass
+        other.kill()
+    with store.locked(tmp_path / "lock", "the run"):
+        pass
+
+
+def test_lines_are_mended_and_read(tmp_path):
+    path = tmp_path / "lines.jsonl"
+    with open(path, "ab") as file:
+        for k in range(3):
+            store.append_line(file, {"id": k})
+    whole = path.read_bytes()
+    for torn, left in ((whole + b'{"id": 3', 3), (whole[:-1], 3), (whole, 3), (b'{"i', 0)):
+        path.write_bytes(torn)
+        if torn not in (whole, whole[:-1]):
+            with pytest.raises(RunError, match="lines.jsonl"):
+                store.read_lines(path)
+        store.mend_lines(path)
+        assert [record["id"] for record in store.read_lines(path)] == list(range(left))
+    path.write_bytes(whole + json.dumps([1]).encode() + b"\n")
+    with pytest.raises(RunError, match="line 4 of .*lines.jsonl"):
+        store.read_lines(path)
