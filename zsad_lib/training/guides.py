@@ -47,7 +47,7 @@ class GuidedUNet(torch.nn.Module):
         return guided_unet(self.unet, self.guide, latents, timesteps, text, self.guide.embed(images), self.mode)
 
 
-@dataclass
+@dataclass(frozen=True)
 class GuideRecipe(Recipe):
     train_on: str | None = None  # a data set: the normal images of its training split
     root: str | Path | None = None  # its folder (default: data/NAME)
@@ -65,7 +65,7 @@ class GuideRecipe(Recipe):
         return dataset_images(self.train_on, size, self.root)
 
 
-@dataclass
+@dataclass(frozen=True)
 class DZADRecipe(GuideRecipe):
     """DZAD's semantic guidance, from normal images of an auxiliary set, without prompts.
 
@@ -97,7 +97,7 @@ class DZADRecipe(GuideRecipe):
         )  # fmt: skip
 
 
-@dataclass
+@dataclass(frozen=True)
 class VLMDiffRecipe(GuideRecipe):
     """VLMDiff: semantic guidance with captions as text, on normal images of all classes together."""
 

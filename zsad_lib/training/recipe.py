@@ -5,26 +5,23 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import torch
 
 from zsad_lib.diffusion.loading import pick_device
 from zsad_lib.errors import TrainingError
-from zsad_lib.methods.base import check_settings
 
 UNNAMED = ("root", "data", "train_on")  # options that are no part of a variant's name
 
 
-@dataclass
+@dataclass(frozen=True)
 class Recipe:
-    """One kind of model to train; the fields are its options, checked by their types."""
+    """One kind of model to train; the fields are its options."""
 
     steps: int
-
-    def __post_init__(self) -> None:
-        check_settings(self)
 
     def check(self) -> None:
         """Refuse options that cannot work, before anything is read or drawn."""
@@ -71,10 +68,16 @@ def train(
 
 
 def _with_options(name: str, recipe: Recipe, options: dict) -> Recipe:
-    known = [field.name for field in fields(recipe)]
-    unknown = sorted(set(options) - set(known))
+    kinds = get_type_hints(type(recipe))
+    unknown = sorted(set(options) - set(kinds))
     if unknown:
-        raise TrainingError(f"{name} has no option {', '.join(unknown)}; it has: {', '.join(known)}")
+        raise TrainingError(f"{name} has no option {', '.join(unknown)}; it has: {', '.join(kinds)}")
+    for key, value in options.items():
+        allowed = get_args(kinds[key]) if get_origin(kinds[key]) is Literal else ()
+        if allowed and value not in allowed:
+            raise TrainingError(f"{key} {value!r} is unknown; use one of {list(allowed)}")
+        if kinds[key] in (int, float) and type(value) not in (int, kinds[key]):
+            raise TrainingError(f"{key} {value!r} is no {kinds[key].__name__}")
     return replace(recipe, **options)
 
 

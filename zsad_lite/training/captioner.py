@@ -50,7 +50,7 @@ def build_captioner(tokenizer: PreTrainedTokenizerFast) -> VisionEncoderDecoderM
     return model
 
 
-@dataclass
+@dataclass(frozen=True)
 class CaptionerRecipe(Recipe):
     """A vision encoder-decoder that writes a drawing's caption."""
 

@@ -88,7 +88,7 @@ def _redraw(backbone, images, prompts, t_latent, t_denoise):
     return (backbone.decode(z) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
-@dataclass
+@dataclass(frozen=True)
 class FeaturesRecipe(Recipe):
     """A small ResNet trained without labels, on normal images and their redrawings: see `place_loss`."""
 

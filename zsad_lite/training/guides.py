@@ -14,7 +14,7 @@ from zsad_lite.training.pools import GENERIC, draw_pool
 DRAWN = {"synthad": tuple(synthad.CATEGORIES), **{f"synthad-{g}": names for g, names in synthad.GROUPS.items()}}
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Drawn(guides.GuideRecipe):
     per_category: int = 1600  # drawings of each, where train_on is one of DRAWN
 
@@ -32,7 +32,7 @@ class _Drawn(guides.GuideRecipe):
         return TrainingImages(pixels, source, None)
 
 
-@dataclass
+@dataclass(frozen=True)
 class DrawnDZAD(_Drawn, guides.DZADRecipe):
     pictures: int = 0  # of no product, mixed in so that a small decoder does not forget what it knew of them
 
@@ -45,7 +45,7 @@ class DrawnDZAD(_Drawn, guides.DZADRecipe):
         return TrainingImages(np.concatenate([images.pixels, others]), source, images.ids)
 
 
-@dataclass
+@dataclass(frozen=True)
 class DrawnVLMDiff(_Drawn, guides.VLMDiffRecipe):
     def check(self) -> None:
         super().check()

@@ -132,7 +132,7 @@ def require_pipeline(folder: str) -> None:
         raise TrainingError(f"there is no pipeline in {folder}: train lite-foundation first, or give another folder")
 
 
-@dataclass
+@dataclass(frozen=True)
 class PipelineRecipe(Recipe):
     """A text-conditioned latent diffusion pipeline on normal drawings and on photographs."""
 

@@ -38,7 +38,7 @@ def folder_pool(folder: str | Path) -> np.ndarray:
     return (torch.stack(pixels) * 255).round().byte().permute(0, 2, 3, 1).numpy()
 
 
-@dataclass
+@dataclass(frozen=True)
 class PixelRecipe(Recipe):
     """An unconditional DDPM."""
 
