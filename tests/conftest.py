@@ -16,12 +16,13 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def shared_path(relative):
-    """Path of a file of the shared folder ($ZSAD_SHARED, else `../shared`); skips when absent."""
-    base = Path(os.environ.get("ZSAD_SHARED") or ROOT.parent / "shared")
-    path = base / relative
-    if not path.exists():
-        pytest.skip(f"shared file {relative} is not there (set ZSAD_SHARED to the folder that holds it)")
-    return path
+    """Path of a file of the shared folder ($ZSAD_SHARED, else `../shared`), or of the part of it kept here; skips when
+    it is in neither."""
+    shared = Path(os.environ.get("ZSAD_SHARED") or ROOT.parent / "shared")
+    for base in (shared, ROOT / "tests"):
+        if (base / relative).exists():
+            return base / relative
+    pytest.skip(f"shared file {relative} is not there (set ZSAD_SHARED to the folder that holds it)")
 
 
 def pytest_addoption(parser):

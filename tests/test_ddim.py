@@ -215,3 +215,21 @@ def test_callback_and_stop():
     assert all(a is b for (_, a), (_, b) in zip(seen, path, strict=True))
     whole = ddim.invert(predict, torch.ones(1, 1, 2, 2), ALPHAS, 10)
     assert torch.equal(whole[2][1], path[-1][1]) and len(whole) == 8
+
+
+def test_golden_loops_replayed():
+    """The official loops with their own noise predictions in the network's place: needs no weights."""
+    golden, settings = arrays("golden/divad/case0_cheap_official_index.npz"), {"n_steps": 20, "offset": 1}
+    alphas = arrays("golden/divad/schedule.npz")["alphas_cumprod"]
+
+    def replay(stored):
+        left = iter(stored[:, :1] + 3.5 * (stored[:, 1:] - stored[:, :1]))
+        return lambda z, t: next(left)
+
+    start = arrays("golden/divad/case0_input.npz")["start_latents"]
+    path = ddim.invert(replay(golden["inv_eps"]), start, alphas, **settings)
+    assert [t for t, _ in path] == golden["inv_timesteps"].tolist()
+    assert (torch.cat([z for _, z in path]) - golden["inverted_latents"]).abs().max() < 1e-4
+    options = {"start_step": 10, "skip_identity": False}
+    final = ddim.denoise(replay(golden["smp_eps"]), golden["picked_latent"], alphas, **settings, **options)
+    assert (final - golden["final_latent"]).abs().max() < 1e-4

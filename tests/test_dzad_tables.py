@@ -1,7 +1,6 @@
 """zsad_lib.dzad_tables: the paper's rows and columns, its printed figures, the pass that is kept."""
 
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
@@ -10,6 +9,7 @@ import pandas as pd
 import pytest
 import torch
 from helpers import write_tree
+from PIL import Image
 from test_dzad import SMALL, guided_model, made_up
 
 from conftest import shared_path
@@ -221,55 +221,47 @@ def small_method(**options):
     return make_method("dzad", guided_model()[0], load_features("pixels"), **{**SMALL, "map_size": 32, **options})
 
 
-def test_what_is_kept_is_read_again(images, tmp_path, monkeypatch):
+def test_what_is_kept_is_read_again_image_by_image(images, tmp_path, monkeypatch):
+    """Any selection in any order takes what is there; errors alone serve a pass with a reconstruction, too."""
     monkeypatch.setattr(dzad_cross, "PART", 5)
-    method = small_method()
-    first = measure_kept(method, images, tmp_path / "runs", "tree")
+    method, runs = small_method(), tmp_path / "runs"
+
+    def cost(samples, reconstruct):
+        before = method.latent_model.evaluations
+        return measure_kept(method, samples, runs, reconstruct), method.latent_model.evaluations - before
+
+    errors, spent = cost(images[3:9], reconstruct=False)
+    assert spent == 6 * 10 and errors.similarity is None and errors.layers == 0
+    first, spent = cost(images, reconstruct=True)
+    assert spent == 10 * 10 + 16 * 4, "the errors of the other ten, and all reconstructions"
     whole = measure_samples(method, images)
     np.testing.assert_allclose(first.errors.errors, whole.errors.errors, rtol=1e-4)
     np.testing.assert_allclose(first.similarity, whole.similarity, atol=1e-4)
-    files = sorted((tmp_path / "runs").rglob("*.npz"))
-    assert [path.name for path in files] == [f"part-{k:06d}.npz" for k in (0, 5, 10, 15)]
-    files[1].unlink()
-    counted = method.latent_model.evaluations
-    again = measure_kept(method, images, tmp_path / "runs", "tree")
-    assert method.latent_model.evaluations - counted == 5 * (10 + 4), "only the part that was missing"
-    for one, other in ((first.errors.maps, again.errors.maps), (first.similarity, again.similarity)):
-        np.testing.assert_array_equal(one, other)
-    assert again.layers == 1 and again.labels.tolist() == [sample.label for sample in images]
-
-
-def test_what_belongs_to_something_else_is_refused(images, tmp_path):
-    method, runs = small_method(), tmp_path / "runs"
-    measure_kept(method, images[:4], runs, "tree", reconstruct=False)
-    measure_kept(method, images[4:8], runs, "tree", reconstruct=False)
-    one, other = sorted(runs.rglob("*.npz"))
-    other.write_bytes(one.read_bytes())
-    kept = [Path(path).parent for path in (one, other)]
-    assert kept[0] != kept[1], "other images, another folder"
-    refused = 0
-    for part in (images[:4], images[4:8]):
-        try:
-            measure_kept(method, part, runs, "tree", reconstruct=False)
-        except RunError as error:
-            refused += "holds other images or settings: delete it" in str(error)
-    assert refused == 1
-    one.write_bytes(b"PK")
-    other.write_bytes(b"PK")
-    with pytest.raises(RunError, match="is damaged"):
-        measure_kept(method, images[:4], runs, "tree", reconstruct=False)
+    again, spent = cost(images[::-1], reconstruct=True)
+    assert spent == 0 and again.layers == 1 and again.labels.tolist() == [sample.label for sample in images[::-1]]
+    np.testing.assert_array_equal(again.errors.maps, first.errors.maps[::-1])
+    np.testing.assert_array_equal(again.similarity, first.similarity[::-1])
+    assert again.errors.timesteps.shape == (5, 2) and again.errors.ids.tolist() == [s.id for s in images[::-1]]
+    sorted(runs.glob("errors-*/*.npz"))[0].unlink()
+    assert 0 < cost(images, reconstruct=True)[1] <= 5 * 10, "only the part that was missing"
+    Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save(images[0].image_path)
+    assert cost(images[:1], reconstruct=False)[1] == 10, "another picture under the same name"
 
 
 def test_readings_share_what_is_kept_and_schedules_do_not(images, tmp_path):
     runs, method = tmp_path / "runs", small_method()
-    for variant in (method, small_method(weighting="one", sigma=2.0)):
-        measure_kept(variant, images[:2], runs, "tree", False)
+    for variant in (method, small_method(weighting="one", sigma=2.0, t_start=300)):
+        measure_kept(variant, images[:2], runs, False)
     assert len(list(runs.rglob("*.npz"))) == 1
     longer = dzad_cross.at_timesteps(method, 1400, "continued")
     assert len(longer.latent_model.alphas_cumprod) == 1400 and len(method.latent_model.alphas_cumprod) == 1000
     assert longer.backbone.guide is method.backbone.guide and longer.size == method.size
-    measure_kept(longer, images[:2], runs, "tree", False)
+    measure_kept(longer, images[:2], runs, False)
     assert len(list(runs.rglob("*.npz"))) == 2
+    for path in runs.rglob("*.npz"):
+        path.write_bytes(b"PK")
+    with pytest.raises(RunError, match="damaged"):
+        measure_kept(method, images[:2], runs, False)
 
 
 def test_more_timesteps_make_more_noise(images, tmp_path, monkeypatch):

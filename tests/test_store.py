@@ -50,6 +50,26 @@ def test_kept_measures_once_and_knows_its_key(tmp_path):
         store.kept(path, "key", measure)
 
 
+def test_items_are_measured_once_each_whatever_the_selection(tmp_path):
+    asked = []
+
+    def measure(chosen, keys):
+        asked.append([keys[k] for k in chosen])
+        return {"twice": np.array([2 * int(keys[k]) for k in chosen]), "grid": np.arange(2)}
+
+    def kept(*numbers):
+        keys = [str(number) for number in numbers]
+        return store.kept_items(tmp_path, keys, lambda chosen: measure(chosen, keys), part=2, shared=("grid",))
+
+    assert kept(1, 2, 3)["twice"].tolist() == [2, 4, 6] and asked == [["1", "2"], ["3"]]
+    found = kept(4, 3, 1)
+    assert found["twice"].tolist() == [8, 6, 2] and found["grid"].tolist() == [0, 1] and asked[2:] == [["4"]]
+    assert kept(1, 1)["twice"].tolist() == [2, 2] and len(asked) == 3
+    sorted(tmp_path.glob("*.npz"))[0].write_bytes(b"PK")
+    with pytest.raises(RunError, match="damaged"):
+        kept(1)
+
+
 @pytest.mark.parametrize("content", [b"", b"PK not a zip", b"\x00" * 100])
 def test_damaged_files_are_named(tmp_path, content):
     for name, read in (("bad.npz", store.read_arrays), ("bad.json", store.read_json)):

@@ -95,6 +95,38 @@ def kept(path: Path | str, key: str, measure: Callable[[], dict[str, Any]]) -> d
     return arrays
 
 
+def kept_items(
+    folder: Path | str,
+    keys: list[str],  # one an item, of all that can change its arrays
+    measure: Callable[[list[int]], dict[str, np.ndarray]],  # of the items of these numbers, one row each
+    part: int = 48,  # items a file
+    shared: tuple[str, ...] = (),  # names of arrays that are the same for all items, without rows
+    progress: Callable | None = None,  # wraps the list of parts that are measured (tqdm)
+) -> dict[str, np.ndarray]:
+    """The arrays of items, in order, from the files of `folder`; what they lack is measured and written first."""
+    found: dict[str, tuple[dict, int]] = {}
+
+    def add(arrays):
+        for row, key in enumerate(arrays["keys"].tolist()):
+            found.setdefault(key, (arrays, row))
+
+    for path in sorted(Path(folder).glob("*.npz")):
+        add(read_arrays(path))
+    missing = [k for k, key in enumerate(keys) if key not in found]
+    parts = [missing[k : k + part] for k in range(0, len(missing), part)]
+    for chosen in progress(parts) if progress and parts else parts:
+        own = np.array([keys[k] for k in chosen])
+        arrays = {**measure(chosen), "keys": own}
+        write_arrays(Path(folder) / f"{fingerprint(own.tolist())[:16]}.npz", arrays)
+        add(arrays)
+    rows = [found[key] for key in keys]
+    names = [name for name in rows[0][0] if name != "keys"]
+    return {
+        name: rows[0][0][name] if name in shared else np.stack([arrays[name][row] for arrays, row in rows])
+        for name in names
+    }
+
+
 @contextmanager
 def locked(path: Path | str, what: str) -> Iterator[None]:
     """Hold the lock file `path`; RunError, naming `what` it guards, when another process holds it."""

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from zsad_lib import store
 from zsad_lib.diffusion.latent import Backbone, extend_schedule, load_backbone
-from zsad_lib.diffusion.loading import Location, fetch, fingerprint, locate, read_weights
+from zsad_lib.diffusion.loading import Location, control_seed, fetch, fingerprint, locate, read_weights
 from zsad_lib.errors import ModelError
 
 # "all" adds every skip; "only mid", what the authors train and test with, the middle and the fused deepest skips, which

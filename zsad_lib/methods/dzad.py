@@ -81,10 +81,9 @@ class Measuring(Method):
         return lambda z, t, rows: self.latent_model.predict_noise(z, t, words.expand(len(z), -1, -1))
 
     @torch.no_grad()
-    def reconstruct(self, images: torch.Tensor, ids: list[str], latents=None, predict=None) -> torch.Tensor:
+    def reconstruct(self, images: torch.Tensor, ids: list[str]) -> torch.Tensor:
         """x̂₀ [B,3,H,W] in [0,1]: the images noised to t_start and denoised in DDIM steps, guided by themselves."""
-        latents = self.latent_model.encode(images) if latents is None else latents
-        predict = predict or self.predictor(images)
+        latents, predict = self.latent_model.encode(images), self.predictor(images)
         rows, alphas = torch.arange(len(images), device=latents.device), self.latent_model.alphas_cumprod
         noise = image_noise(ids, "dzad-start", 0, latents.shape[1:]).to(latents)
         z = ddim.add_noise(latents, noise, alphas[self.t_start])
@@ -93,19 +92,24 @@ class Measuring(Method):
         return self.latent_model.decode(z)
 
     @torch.inference_mode()
+    def errors(self, images: torch.Tensor, ids: list[str]) -> noise_errors.NoiseErrors:
+        """The multi-timestep matrix of images [B,3,H,W] in [0,1] with B ids, its maps included."""
+        grid = {"stages": self.stages, "per_stage": self.per_stage, "seeds": tuple(range(self.seeds))}
+        inputs = self.predictor(images), self.latent_model.encode(images), ids, self.latent_model.alphas_cumprod
+        return noise_errors.multi_timestep_errors(*inputs, batch_size=self.batch_size, **grid)
+
+    @torch.inference_mode()
+    def similarity(self, images: torch.Tensor, ids: list[str]) -> tuple[np.ndarray, int]:
+        """(Σ over layers of cos(Φ(x), Φ(x̂₀)) at every pixel, float32 [B,map_size,map_size]; how many layers)."""
+        pairs = self.features(images), self.features(self.reconstruct(images, ids))
+        layers = len(pairs[0])
+        return layers - to_host(maps.anomaly_map(*pairs, self.map_size)).numpy(), layers
+
     def measure(self, images: torch.Tensor, ids: list[str], labels=None, reconstruct: bool = True) -> Measured:
         """One pass over images [B,3,H,W] in [0,1] with B ids and labels (default: unknown)."""
-        predict, latents = self.predictor(images), self.latent_model.encode(images)
-        grid = {"stages": self.stages, "per_stage": self.per_stage, "seeds": tuple(range(self.seeds))}
-        alphas = self.latent_model.alphas_cumprod
-        errors = noise_errors.multi_timestep_errors(predict, latents, ids, alphas, batch_size=self.batch_size, **grid)
         labels = np.full(len(ids), -1) if labels is None else np.asarray(labels)
-        if not reconstruct:
-            return Measured(errors, None, 0, labels, self.map_size)
-        pairs = self.features(images), self.features(self.reconstruct(images, ids, latents, predict))
-        layers = len(pairs[0])
-        similarity = layers - to_host(maps.anomaly_map(*pairs, self.map_size)).numpy()
-        return Measured(errors, similarity, layers, labels, self.map_size)
+        drawn = self.similarity(images, ids) if reconstruct else (None, 0)
+        return Measured(self.errors(images, ids), *drawn, labels, self.map_size)
 
     def measure_batches(self, batches: Iterable, reconstruct: bool = True) -> Measured:
         """`measure` of batches (images, ids, labels), such as those of a `Reference`."""

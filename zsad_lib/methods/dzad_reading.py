@@ -45,18 +45,6 @@ class Measured:
         parts = {"timesteps": errors.timesteps[:count], "errors": errors.errors[:, :count]}
         return replace(self, errors=replace(errors, maps=errors.maps[:, :count], **parts))
 
-    def arrays(self) -> dict[str, np.ndarray]:
-        """All of it by name, for a file; `from_arrays` reads it."""
-        own = {name: np.array(getattr(self, name)) for name in ("layers", "labels", "size")}
-        own |= {} if self.similarity is None else {"similarity": self.similarity}
-        return own | {f"errors.{key}": value for key, value in vars(self.errors).items() if value is not None}
-
-    @classmethod
-    def from_arrays(cls, arrays: dict[str, np.ndarray]) -> Self:
-        parts = {k.removeprefix("errors."): value for k, value in arrays.items() if k.startswith("errors.")}
-        numbers = int(arrays["layers"]), arrays["labels"], int(arrays["size"])
-        return cls(noise_errors.NoiseErrors(**parts), arrays.get("similarity"), *numbers)
-
 
 def join(parts: list[Measured]) -> Measured:
     """One Measured of all images, which were measured alike."""

@@ -7,7 +7,7 @@ the authors use them for COCO-AD only and leave the text empty elsewhere.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -20,6 +20,7 @@ from zsad_lib.errors import MethodError
 from zsad_lib.methods.base import Redrawing, setting
 
 Start = Literal["official", "matched"]
+STARTS = get_args(Start)
 NORMALISATIONS = {  # (mean, std) of the images that the autoencoder is given
     "symmetric": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
@@ -37,7 +38,7 @@ def start_levels(start: Start = "official", steps: int = 10, start_step: int = 0
 
     Steps that do not divide T are as many as asked for; the authors' sampler adds one to 7 and fails with 3.
     """
-    if start not in ("official", "matched"):
+    if start not in STARTS:
         raise MethodError(f"start {start!r} is unknown; use 'official' or 'matched'")
     ddim.ascending_grid(steps, T, offset)  # before start_step is judged by it
     t_denoise = ddim.denoising_steps(steps, start_step, T, offset)[0][0]

@@ -12,6 +12,8 @@ import numpy as np
 import pandas as pd
 
 from zsad_lib import store
+from zsad_lib.anomaly import noise_errors
+from zsad_lib.anomaly.noise_errors import NoiseErrors
 from zsad_lib.data.datasets import AnomalyDataset
 from zsad_lib.data.images import load_images, load_masks
 from zsad_lib.data.readers import Sample
@@ -22,13 +24,15 @@ from zsad_lib.errors import DataError
 from zsad_lib.evaluation import metrics, runs
 from zsad_lib.evaluation.tables import evaluate
 from zsad_lib.methods.base import Method
-from zsad_lib.methods.dzad import Measured, Measuring, Reading, join
+from zsad_lib.methods.dzad import Measured, Measuring, Reading
 
 METRICS = {"image_auroc": "image AUROC", "pixel_auroc": "pixel AUROC"}  # what the paper reports
 TIMESTEPS = (400, 600, 800, 1000, 1200, 1400)  # of Fig. 4
 PART = 48  # images a file
-# what of the record changes a measurement; the rest is read from it
-SETTINGS = ("backbone", "features", "stages", "per_stage", "seeds", "steps", "t_start", "prompt", "map_size")
+SETTINGS = {  # what of a method's record changes what it measures; the rest is read from it
+    "errors": ("backbone", "stages", "per_stage", "seeds", "prompt"),
+    "similarity": ("backbone", "features", "steps", "t_start", "prompt", "map_size"),
+}
 
 
 @dataclass
@@ -56,31 +60,41 @@ class Direction:
 
 
 def measure_kept(
-    model: Measuring, samples: list[Sample], folder: Path | str, name: str, reconstruct: bool = True, progress=None
+    model: Measuring, samples: list[Sample], folder: Path | str, reconstruct: bool = True, progress=None
 ) -> Measured:
-    """`Measuring.measure` of samples, kept below `folder`; what is there is read and what is missing is measured.
+    """`Measuring.measure` of samples, image by image kept below `folder`; progress: wraps the parts to do (tqdm)."""
+    keys = [store.fingerprint([sample.id, sample.image_path.stat().st_size]) for sample in samples]
 
-    name: of the samples, for the name of their folder, which also holds the model and a digest of the settings, the
-    schedule and the samples. progress: wraps the list of parts (tqdm).
-    """
-    files = [[sample.id, sample.label, sample.image_path.stat().st_size] for sample in samples]
-    settings = {key: value for key, value in model.config.items() if key in SETTINGS}
-    key = store.fingerprint([settings, files, reconstruct])
-    named = f"{Path(model.latent_model.name).name}-{name}-{key[:10]}"
-    place, parts = Path(folder) / named, range(0, len(samples), PART)
-    measured = [
-        _kept_part(model, samples[k : k + PART], place / f"part-{k:06d}.npz", key, reconstruct)
-        for k in (progress(parts) if progress else parts)
-    ]
-    return join(measured)
+    def errors(chosen):
+        return vars(noise_errors.join([model.errors(*part) for part in _batches(model, samples, chosen)]))
+
+    def similarity(chosen):
+        parts = [model.similarity(*part) for part in _batches(model, samples, chosen)]
+        return {"similarity": np.concatenate([values for values, _ in parts]), "layers": np.array(parts[0][1])}
+
+    alike = ("timesteps", "seeds", "alphas_cumprod")
+    found = NoiseErrors(**store.kept_items(_place(folder, model, "errors"), keys, errors, PART, alike, progress))
+    drawn, layers = None, 0
+    if reconstruct:
+        place = _place(folder, model, "similarity")
+        drawn, layers = store.kept_items(place, keys, similarity, PART, ("layers",), progress).values()
+    return Measured(found, drawn, int(layers), np.array([sample.label for sample in samples]), model.map_size)
 
 
-def _kept_part(model, samples, path, key, reconstruct):
-    return Measured.from_arrays(store.kept(path, key, lambda: measure_samples(model, samples, reconstruct).arrays()))
+def _place(folder, model, kind):
+    """Where what a model measures of one kind is kept: named after the model and the settings that change it."""
+    settings = {key: model.config[key] for key in SETTINGS[kind]}
+    return Path(folder) / f"{kind}-{Path(model.latent_model.name).name}-{store.fingerprint(settings)[:10]}"
+
+
+def _batches(model, samples, chosen, count=16):
+    for k in range(0, len(chosen), count):
+        part = [samples[row] for row in chosen[k : k + count]]
+        yield load_images(part, model.size), [sample.id for sample in part]
 
 
 def measure_samples(model: Measuring, samples: list[Sample], reconstruct: bool = True, batch: int = 16) -> Measured:
-    """`Measuring.measure` of samples of a data set, in batches."""
+    """The same without keeping anything."""
     parts = (samples[k : k + batch] for k in range(0, len(samples), batch))
     return model.measure_batches(
         ((load_images(part, model.size), [s.id for s in part], [s.label for s in part]) for part in parts), reconstruct
@@ -103,9 +117,9 @@ def measure_direction(
     """
     samples, known = labelled_samples(cross.target, limit)[::every], reference_samples(cross.auxiliary, reference_limit)
     models = cross.models()
-    measured = {name: measure_kept(m, samples, folder, cross.target, True, progress) for name, m in models.items()}
+    measured = {name: measure_kept(m, samples, folder, True, progress) for name, m in models.items()}
     # only errors and labels of a reference are read
-    reference = {name: measure_kept(m, known, folder, cross.auxiliary, False, progress) for name, m in models.items()}
+    reference = {name: measure_kept(m, known, folder, False, progress) for name, m in models.items()}
     masks = load_masks(samples, models["SD"].map_size).numpy()
     dataset = AnomalyDataset(cross.target, Path(), tuple(samples))
     baselines = runs.score_all(dataset, cross.baselines(), folder, cross.batch_size, progress is not None)
@@ -149,8 +163,7 @@ def by_timesteps(
     direction, frames = Direction(target, "", samples, masks, {}, {}, {}), []
     for schedule in schedules:
         for T in timesteps:
-            measuring, name = at_timesteps(model, T, schedule), f"{target}-T{T}"
-            scores, maps = reading.read(measure_kept(measuring, samples, folder, name, False))
+            scores, maps = reading.read(measure_kept(at_timesteps(model, T, schedule), samples, folder, False))
             frame = aurocs(direction, scores, maps, n_bootstrap, seed)
             frames.append(frame[frame.category == "mean"].assign(T=T, schedule=schedule))
     frame = pd.concat(frames, ignore_index=True)
