@@ -5,7 +5,9 @@ SHELL := /bin/bash
 
 BIN := .venv/bin
 STAMP := .venv/.installed
-NOTEBOOKS := $(wildcard notebooks/*.ipynb notebooks/solutions/*.ipynb)
+# the longest first, or one of two processes would wait for the other at the end
+LONGEST := $(foreach number,05 03 06 04,$(wildcard notebooks/$(number)_*.ipynb))
+NOTEBOOKS := $(LONGEST) $(filter-out $(LONGEST),$(wildcard notebooks/*.ipynb notebooks/solutions/*.ipynb))
 # the first Python of 3.11 or newer; set PYTHON to choose another
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)

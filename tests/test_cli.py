@@ -283,6 +283,13 @@ def test_train_and_report_pass_their_options_on(monkeypatch):
     assert calls[1] == ((), {"profile": "lite", "out": Path("there"), "only": "02", "seed": 3})
 
 
+def test_convert_takes_a_preset_for_pixel_models(monkeypatch, tmp_path):
+    calls = []
+    monkeypatch.setattr("zsad_lib.diffusion.convert_pixel.convert_pixel_checkpoint", lambda *args: calls.append(args))
+    text = invoke("convert", "model.pt", "--preset", "diffpath-celeba32", "--out", tmp_path / "new")
+    assert calls == [(Path("model.pt"), tmp_path / "new", "diffpath-celeba32")] and "every tensor placed" in text
+
+
 def test_dzad_writes_and_prints_every_table(tmp_path, monkeypatch):
     from zsad_lib.papers import dzad_tables
 
