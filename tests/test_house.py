@@ -65,3 +65,16 @@ def test_imports_are_recognised_in_every_form(line):
     assert f"{name}.".startswith("zsad_lib.cli.")
     (name,) = imports(ast.parse("from ..ddim import invert"), ["zsad_lib", "methods"])
     assert name == "zsad_lib.ddim.invert"
+
+
+def test_public_signatures_have_type_hints():
+    """Of functions and methods without a leading underscore, in all rooms."""
+    missing = []
+    for path in [*(ROOT / "zsad_lib").rglob("*.py"), *(ROOT / "zsad_lite").rglob("*.py")]:
+        tree = ast.parse(path.read_text())
+        classes = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name[0] != "_"]
+        for node in (node for body in (tree, *classes) for node in body.body if isinstance(node, ast.FunctionDef)):
+            arguments = [a for a in (*node.args.args, *node.args.kwonlyargs) if a.arg not in ("self", "cls")]
+            whole = node.returns is not None and all(a.annotation is not None for a in arguments)
+            missing += [] if whole or node.name[0] == "_" else [f"{path.name}: {node.name}"]
+    assert missing == []

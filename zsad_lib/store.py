@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import filelock
 import numpy as np
@@ -145,7 +145,7 @@ def locked(path: Path | str, what: str) -> Iterator[None]:
 # --- JSON Lines, one record a line, each on disk before the next
 
 
-def append_line(file, record: dict) -> None:
+def append_line(file: IO[bytes], record: dict) -> None:
     """Write a record at the end of a file opened in binary mode, and to disk."""
     file.write(json.dumps(record).encode() + b"\n")
     file.flush()

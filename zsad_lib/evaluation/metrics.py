@@ -5,6 +5,7 @@ All of them are sums or maxima over the distinct scores of anomalous items, so t
 bootstrap resample is nothing but another column of image weights (`tables.evaluate`).
 """
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -79,7 +80,7 @@ def _label_metric(name, labels, scores):
 # --- inputs
 
 
-def binary(values, name):
+def binary(values: Any, name: str) -> np.ndarray:
     values = np.asarray(values)
     if values.dtype != bool and not ((values == 0) | (values == 1)).all():
         wrong = values[(values != 0) & (values != 1)].flat[0]
@@ -90,14 +91,14 @@ def binary(values, name):
     return values.astype(bool)
 
 
-def floats(values, name):
+def floats(values: Any, name: str) -> np.ndarray:
     values = np.asarray(values)
     if values.dtype.kind not in "fiub":
         raise ValueError(f"{name} must be numbers, got dtype {values.dtype}")
     return values if values.dtype in (np.float32, np.float64) else values.astype(np.float64)
 
 
-def mask_stack(masks, maps):
+def mask_stack(masks: Any, maps: Any) -> tuple[np.ndarray, np.ndarray]:
     masks, maps = binary(masks, "masks"), floats(maps, "maps")
     if maps.ndim != 3 or masks.shape != maps.shape:
         raise ValueError(f"masks and maps must both be [B,H,W], got {masks.shape} and {maps.shape}")
@@ -116,7 +117,7 @@ def _require_defined(scores, positive, item):
         raise UndefinedMetric(f"only one class: no normal {item} among {scores.size}")
 
 
-def region_shares(masks):
+def region_shares(masks: np.ndarray) -> np.ndarray:
     """[B,H,W] -> the same shape: 1 / area of the 8-connected region that a pixel belongs to, 0 outside."""
     shares = np.zeros(masks.shape)
     for mask, share in zip(masks, shares, strict=True):
@@ -129,7 +130,7 @@ def region_shares(masks):
 # --- one sort, many resamples
 
 
-class _Pool(NamedTuple):
+class Pool(NamedTuple):
     """Scores of n images (one score or many pixels each), sorted once."""
 
     negatives: list  # n arrays: the scores of an image's normal items, ascending
@@ -139,8 +140,8 @@ class _Pool(NamedTuple):
     span: np.ndarray  # [n,2] smallest and largest score of an image
 
 
-def pool_scores(item, positive, scores, n, shares=None):
-    """Arrays of n images' items, of any shape -> _Pool. UndefinedMetric tells of `item`s in its text."""
+def pool_scores(item: str, positive: np.ndarray, scores: np.ndarray, n: int, shares: np.ndarray | None = None) -> Pool:
+    """Arrays of n images' items, of any shape -> Pool. UndefinedMetric tells of `item`s in its text."""
     _require_defined(scores, positive, item)
     scores, positive = scores.reshape(n, -1), positive.reshape(n, -1)
     owner, values = np.nonzero(positive)[0], scores[positive]
@@ -148,10 +149,10 @@ def pool_scores(item, positive, scores, n, shares=None):
     share = np.zeros(len(order)) if shares is None else shares.reshape(n, -1)[positive][order]
     negatives = [np.sort(row[~mask]) for row, mask in zip(scores, positive, strict=True)]
     span = np.stack([scores.min(1), scores.max(1)], 1)
-    return _Pool(negatives, values[order], owner[order], share, span)
+    return Pool(negatives, values[order], owner[order], share, span)
 
 
-def totals(pool, weights):
+def totals(pool: Pool, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Weighted numbers of normal items, anomalous items and regions: three arrays [R] for weights [n,R]."""
     sizes = np.array([len(negatives) for negatives in pool.negatives])
     counts = np.bincount(pool.owner, minlength=len(sizes))
@@ -159,7 +160,7 @@ def totals(pool, weights):
     return sizes @ weights, counts @ weights, regions @ weights
 
 
-def sweep(pool, weights, limit=0.3, wanted=KINDS):
+def sweep(pool: Pool, weights: np.ndarray, limit: float = 0.3, wanted: Iterable[str] = KINDS) -> dict[str, np.ndarray]:
     """The metrics `wanted` of each column of weights [n,R] (how often an image is drawn): {name: [R]}, NaN: undefined.
 
     The curves change direction at the P distinct anomalous scores alone, so nothing is computed elsewhere.

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from zsad_lib.errors import UndefinedMetric
-from zsad_lib.evaluation.metrics import ONCE, auroc, mask_stack, pool_scores, region_shares, totals
+from zsad_lib.evaluation.metrics import ONCE, Pool, auroc, mask_stack, pool_scores, region_shares, totals
 
 
 def auroc_official(labels: Any, scores: Any) -> float:
@@ -31,7 +31,9 @@ def aupro_official(masks: Any, maps: Any, n_thresholds: int = 200) -> float:
     return float(_official_areas(pool, ONCE, n_thresholds)[0])
 
 
-def official_values(metrics, pool, sweep, weights):
+def official_values(
+    metrics: list[str], pool: Pool, sweep: dict[str, np.ndarray], weights: np.ndarray
+) -> dict[str, np.ndarray | str]:
     """The entries of `_measure` that differ from the exact ones."""
     values = {m: np.maximum(sweep["auroc"], 1 - sweep["auroc"]) for m in metrics if m.endswith("_auroc")}
     if "aupro" in metrics:

@@ -226,8 +226,8 @@ def tabulate(measured: pd.DataFrame, names: Sequence[str] = METRICS, per_categor
     rows = measured if per_category else measured[measured["category"] == "mean"]
     tables = {label: format_table(part, names) for label, part in rows.groupby("method", sort=False)}
     table = pd.concat(tables, names=["method", "category"])
-    told = rows[rows["metric"].isin(names) & (rows["reason"] != "")]
-    notes = told.groupby(["method", "category", "reason"], sort=False)["metric"].agg(", ".join)
+    unsaid = rows[rows["metric"].isin(names) & (rows["reason"] != "")]
+    notes = unsaid.groupby(["method", "category", "reason"], sort=False)["metric"].agg(", ".join)
     table = table if per_category else table.droplevel("category")
     table.attrs = {
         "notes": [f"{label}, {category}: {which}: {reason}" for (label, category, reason), which in notes.items()]

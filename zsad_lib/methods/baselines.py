@@ -105,7 +105,7 @@ class LocalContrast(Baseline):
 
     context: float = 6.0  # the blur's sigma in pixels
 
-    def raw_map(self, images):
+    def raw_map(self, images: torch.Tensor) -> torch.Tensor:
         return contrast_map(images, self.context)
 
 
@@ -115,7 +115,7 @@ class Median(Baseline):
 
     name = "median"
 
-    def raw_map(self, images):
+    def raw_map(self, images: torch.Tensor) -> torch.Tensor:
         return median_map(images)
 
 
@@ -135,5 +135,5 @@ class PatchKNN(Baseline):
             raise MethodError(f"patch_knn needs an odd patch, not {self.patch}")
         super().__post_init__()
 
-    def raw_map(self, images):
+    def raw_map(self, images: torch.Tensor) -> torch.Tensor:
         return patch_knn_map(images, self.patch, self.stride, self.k)

@@ -3,6 +3,7 @@
 Mirrors `ddim_reverse_sample_loop` (gaussian_diffusion.py), `save_test_statistics.py`, `eval_1d.py` and `eval_6d.py`.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -83,7 +84,13 @@ def path_statistics(noise_powers: Any, change_powers: Any, variant: Variant = "6
     return torch.cat([noise, change], 1) if variant == "6d" else change[:, 1:2].sqrt()
 
 
-def fit(reference: Any, variant: Variant = "6d", components=COMPONENTS, bandwidth: float = BANDWIDTH, seed: int = 0):
+def fit(
+    reference: Any,
+    variant: Variant = "6d",
+    components: Sequence[int] = COMPONENTS,
+    bandwidth: float = BANDWIDTH,
+    seed: int = 0,
+) -> Any:
     """The density of the reference images' statistics [N,6] or [N,1], as the authors fit it (`anomaly.density`)."""
     if variant == "6d":
         return density.fit_mixture(reference, components, seed=seed)

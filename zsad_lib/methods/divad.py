@@ -113,7 +113,7 @@ class DIVAD(Redrawing):
         return lambda z, t: self.backbone.predict_noise(z, t, cond, uncond, self.guidance_scale)
 
     @torch.no_grad()
-    def reconstruct(self, images, ids, categories):
+    def reconstruct(self, images: torch.Tensor, ids: list[str], categories: list[str]) -> tuple[torch.Tensor, ...]:
         """As `Redrawing.reconstruct`; inverts no further than t_latent and leaves out the last, idle step."""
         backbone, alphas, offset, noise = self.backbone, self.alphas_cumprod, self.backbone.steps_offset, None
         if self.posterior == "sample":

@@ -6,7 +6,7 @@ images (`Measuring`) costs N·M·K network evaluations for the matrix F, and one
 keeps.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 
@@ -105,7 +105,9 @@ class Measuring(Method):
         layers = len(pairs[0])
         return layers - to_host(maps.anomaly_map(*pairs, self.map_size)).numpy(), layers
 
-    def measure(self, images: torch.Tensor, ids: list[str], labels=None, reconstruct: bool = True) -> Measured:
+    def measure(
+        self, images: torch.Tensor, ids: list[str], labels: Sequence[int] | None = None, reconstruct: bool = True
+    ) -> Measured:
         """One pass over images [B,3,H,W] in [0,1] with B ids and labels (default: unknown)."""
         labels = np.full(len(ids), -1) if labels is None else np.asarray(labels)
         drawn = self.similarity(images, ids) if reconstruct else (None, 0)

@@ -4,7 +4,7 @@ The paper leaves much open; each reading that was taken is named where it is mad
 """
 
 from dataclasses import dataclass, replace
-from typing import Literal, Self, get_args
+from typing import Any, Literal, Self, get_args
 
 import numpy as np
 import torch
@@ -32,7 +32,7 @@ class Measured:
     labels: np.ndarray  # int [I]: 1 anomalous, 0 normal, −1 unknown
     size: int  # H = W of every map read from it, in pixels
 
-    def take(self, rows) -> Self:
+    def take(self, rows: Any) -> Self:
         """The same of the images `rows` (indices, a slice or a bool array)."""
         errors = self.errors
         parts = {"ids": errors.ids[rows], "errors": errors.errors[rows], "maps": errors.maps[rows]}

@@ -27,7 +27,9 @@ NORMALISATIONS = {  # (mean, std) of the images that the autoencoder is given
 }
 
 
-def start_levels(start: Start = "official", steps: int = 10, start_step: int = 0, T: int = 1000, offset: int = 1):
+def start_levels(
+    start: Start = "official", steps: int = 10, start_step: int = 0, T: int = 1000, offset: int = 1
+) -> tuple[int, int]:
     """(t_latent, t_denoise): the level the latent is noised to, and the level denoising starts at.
 
     t_denoise is the timestep of step `start_step` of `steps`: 901 by default. t_latent:
@@ -143,7 +145,9 @@ class VLMDiff(Redrawing):
         return lambda z, t: guided.predict_noise(z, t, cond, uncond, self.guidance_scale)
 
     @torch.no_grad()
-    def reconstruct(self, images, ids, categories=None):
+    def reconstruct(
+        self, images: torch.Tensor, ids: list[str], categories: list[str] | None = None
+    ) -> tuple[torch.Tensor, ...]:
         """As `Redrawing.reconstruct`; the categories are not used."""
         model, noise = self.latent_model, None
         shape = (model.latent_shape[0], *(side // model.scale_factor for side in images.shape[-2:]))

@@ -60,7 +60,11 @@ class Direction:
 
 
 def measure_kept(
-    model: Measuring, samples: list[Sample], folder: Path | str, reconstruct: bool = True, progress=None
+    model: Measuring,
+    samples: list[Sample],
+    folder: Path | str,
+    reconstruct: bool = True,
+    progress: Callable | None = None,
 ) -> Measured:
     """`Measuring.measure` of samples, image by image kept below `folder`; progress: wraps the parts to do (tqdm)."""
     keys = [store.fingerprint([sample.id, sample.image_path.stat().st_size]) for sample in samples]

@@ -6,6 +6,8 @@ out on purpose: they differ between processors, and one unit in the last place i
 """
 
 import hashlib
+from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 
@@ -26,11 +28,11 @@ class Dice:
         """An integer in [low, high], both ends included."""
         return low + int(self.generator.random() * (high - low + 1))
 
-    def choice(self, options):
+    def choice(self, options: Iterable) -> Any:
         options = list(options)
         return options[self.integer(0, len(options) - 1)]
 
-    def sample(self, options, count: int) -> list:
+    def sample(self, options: Iterable, count: int) -> list:
         """``count`` different members of ``options``."""
         left = list(options)
         return [left.pop(self.integer(0, len(left) - 1)) for _ in range(count)]
@@ -51,7 +53,7 @@ class Canvas:
         self.y = np.ascontiguousarray(np.broadcast_to(ramp[:, None], (self.n, self.n)))
         self.pixel = 1.0 / size
 
-    def fill(self, colour) -> np.ndarray:
+    def fill(self, colour: Any) -> np.ndarray:
         return np.broadcast_to(np.asarray(colour, dtype=np.float64), (self.n, self.n, 3)).copy()
 
     def reduce(self, picture: np.ndarray) -> np.ndarray:
@@ -61,14 +63,14 @@ class Canvas:
         return (a + b) * 0.5
 
 
-def wave(turns):
+def wave(turns: Any) -> Any:
     """A sine of an angle in turns (error below 0.0011), from parabolas."""
     s = 2.0 * (turns - np.floor(turns)) - 1.0
     p = 4.0 * s * (1.0 - np.abs(s))
     return -(0.775 * p + 0.225 * p * np.abs(p))
 
 
-def rotate(u, v, turns: float):
+def rotate(u: Any, v: Any, turns: float) -> tuple[Any, Any]:
     """Coordinates (u, v) turned by ``turns``; the approximate sine is normalised so that lengths stay."""
     s, c = float(wave(turns)), float(wave(turns + 0.25))
     norm = float(np.sqrt(s * s + c * c))
@@ -76,11 +78,11 @@ def rotate(u, v, turns: float):
     return c * u + s * v, c * v - s * u
 
 
-def soften(t):
+def soften(t: np.ndarray) -> np.ndarray:
     return t * t * (3.0 - 2.0 * t)
 
 
-def value_noise(lattice: np.ndarray, x, y) -> np.ndarray:
+def value_noise(lattice: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Smooth noise in [0, 1): ``lattice`` [rows, cols] interpolated at x, y in [0, 1] (clipped at the border)."""
     rows, cols = lattice.shape
     fy = np.clip(y, 0.0, 1.0) * (rows - 1.001)
@@ -92,17 +94,19 @@ def value_noise(lattice: np.ndarray, x, y) -> np.ndarray:
     return top * (1.0 - ty) + bottom * ty
 
 
-def cover(distance, pixel: float):
+def cover(distance: np.ndarray, pixel: float) -> np.ndarray:
     """Coverage in [0, 1] of a shape whose signed distance (negative inside) is given in image units."""
     return np.clip(0.5 - distance / pixel, 0.0, 1.0)
 
 
-def disc_distance(c: Canvas, x: float, y: float, radius: float):
+def disc_distance(c: Canvas, x: float, y: float, radius: float) -> np.ndarray:
     dx, dy = c.x - x, c.y - y
     return np.sqrt(dx * dx + dy * dy) - radius
 
 
-def box_distance(c: Canvas, x, y, w, h, turns=0.0, corner=0.0):
+def box_distance(
+    c: Canvas, x: float, y: float, w: float, h: float, turns: float = 0.0, corner: float = 0.0
+) -> np.ndarray:
     """Rounded box centred at (x, y), full width ``w`` and height ``h``, turned by ``turns``."""
     u, v = rotate(c.x - x, c.y - y, turns)
     du, dv = np.abs(u) - (0.5 * w - corner), np.abs(v) - (0.5 * h - corner)
@@ -110,7 +114,7 @@ def box_distance(c: Canvas, x, y, w, h, turns=0.0, corner=0.0):
     return np.sqrt(ou * ou + ov * ov) + np.minimum(np.maximum(du, dv), 0.0) - corner
 
 
-def segment_distance(c: Canvas, x0, y0, x1, y1):
+def segment_distance(c: Canvas, x0: float, y0: float, x1: float, y1: float) -> np.ndarray:
     """Distance to the segment (x0, y0)-(x1, y1)."""
     ex, ey = x1 - x0, y1 - y0
     px, py = c.x - x0, c.y - y0
@@ -119,7 +123,7 @@ def segment_distance(c: Canvas, x0, y0, x1, y1):
     return np.sqrt(dx * dx + dy * dy)
 
 
-def blend(picture: np.ndarray, alpha: np.ndarray, colour) -> None:
+def blend(picture: np.ndarray, alpha: np.ndarray, colour: Any) -> None:
     """Paint ``colour`` (triple, or picture [n, n, 3]) over ``picture`` in place with coverage ``alpha`` [n, n]."""
     picture += alpha[:, :, None] * (np.asarray(colour, dtype=np.float64) - picture)
 
