@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import re
 from dataclasses import fields
 
 import pytest
@@ -227,3 +228,15 @@ def test_controls_are_a_field(networks, tmp_path):
     assert make_method("median").control == "baseline"
     with pytest.raises(ModelError, match="nowhere"):
         make_method("divad", "nowhere/at/all", "pixels", "cpu")
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_setting_is_explained_beside_its_field(name):
+    """A comment on the line of the field, or one above it or above the fields just before it."""
+    for cls in METHODS[name].__mro__:
+        explained = False
+        for line in inspect.getsource(cls).splitlines() if cls.__module__.startswith("zsad_lib") else ():
+            field, comment = re.match(r"    (\w+): (?!ClassVar)", line), "#" in line
+            if field and field[1] not in ("backbone", "features"):
+                assert explained or comment, f"{cls.__name__}.{field[1]}"
+            explained = comment and not line.strip().startswith("def") or (explained and bool(field))

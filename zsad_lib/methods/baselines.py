@@ -126,8 +126,8 @@ class PatchKNN(Baseline):
     name = "patch_knn"
 
     patch: int = 7  # pixels, odd
-    stride: int = 2
-    k: int = 5
+    stride: int = 2  # pixels from patch to patch
+    k: int = 5  # which neighbour counts: the k-th nearest
 
     def __post_init__(self) -> None:
         at_least(1, patch=self.patch, stride=self.stride, k=self.k)

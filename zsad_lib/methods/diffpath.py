@@ -109,12 +109,12 @@ class DiffPath(Method):
     unfitted = {"reference": None}
 
     backbone: PixelModel
-    variant: Variant = "1d"
-    steps: int = 10
+    variant: Variant = "1d"  # which statistics: `path_statistics`
+    steps: int = 10  # K timesteps: `ddim_timesteps`
     clip: bool = True  # `noise_path`
     components: tuple[int, ...] = COMPONENTS  # of the mixture of "6d", chosen by held-out likelihood
     bandwidth: float = BANDWIDTH  # of the kernel density of "1d"
-    seed: int = 0
+    seed: int = 0  # of the mixture's initialisation
 
     def __post_init__(self) -> None:
         super().__post_init__()

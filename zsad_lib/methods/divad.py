@@ -74,15 +74,15 @@ class DIVAD(Redrawing):
     backbone: Backbone
     features: FeatureExtractor
     start: Start = "official"  # which latent meets which level: `start_levels`
-    inversion_steps: int = 50
-    inference_steps: int = 100
-    start_step: int = 40
+    inversion_steps: int = 50  # 1 to T, of the grid that the latent climbs
+    inference_steps: int = 100  # 1 to T, of the grid that denoising descends
+    start_step: int = 40  # denoising steps left out: ss of the official code
     guidance_scale: float = 3.5  # of inversion and denoising alike; 1 halves the cost
     prompt: str = PROMPT  # a template with {category}
     posterior: Literal["mode", "sample"] = "mode"  # of the VAE; the authors sample, with one global generator
     seed: int = 0  # of that sample, drawn for each image from its id
     t_latent: int | None = None  # in place of what `start` gives
-    t_denoise: int | None = None
+    t_denoise: int | None = None  # likewise; both must be levels of their grids
     callback: Callable | None = setting(None)  # (stage, t, latent) after each network call: "invert", "denoise"
 
     def __post_init__(self) -> None:

@@ -105,7 +105,7 @@ def branch_weights(
 class Reading:
     """One way from what was measured to scores and maps. Defaults: the paper's."""
 
-    weighting: Weighting = weighting.DEFAULT
+    weighting: Weighting = weighting.DEFAULT  # w(t) of Table 4 by name, or learned (eq. 13): `anomaly.weighting`
     multi_timestep: bool = True  # False: `cells`' single timestep
     # the image score: distance to the nearest normal minus to the nearest anomalous matrix of the auxiliary set (eq.
     # 12); the mean of F' itself, which needs no auxiliary set; or the map's maximum after eight average pools

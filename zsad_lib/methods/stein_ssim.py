@@ -128,7 +128,7 @@ def _trajectory(model, pixels, grid, clip):
 class Reading:
     """One way to read the abstract: from the arrays of `extract` to an anomaly score."""
 
-    error: Error = "denoising"
+    error: Error = "denoising"  # of noise drawn for the image, or the change along its DDIM path: `extract`
     # of an error e by the SSIM of the same timestep: e·(1 − SSIM), e/max(SSIM, delta), e alone; "joint", this project's
     # own: both side by side as 2·K features, which only a density can weigh against each other
     amplification: Amplification = "product"
@@ -207,7 +207,7 @@ class SteinSSIM(Method):
     scale: Scale | None = None
     density: Density | None = None
     delta: float = 0.01
-    steps: int = 10
+    steps: int = 10  # K timesteps of DiffPath's grid: `ddim_timesteps`
     clip: bool = True  # `diffpath.noise_path`
     seed: int = 0  # of the noise, drawn for each image from its id, and of the mixture
 

@@ -86,7 +86,7 @@ class VLMDiff(Redrawing):
     features: FeatureExtractor
     start: Start = "official"  # which latent meets which level: `start_levels`
     steps: int = 10  # DDIM steps; the last one ends at level 0
-    start_step: int = 0
+    start_step: int = 0  # steps left out; the paper leaves out none
     guidance_scale: float = 9.0  # against the empty text, the same hint in both halves; without captions no effect
     captions: Any = setting(None, identity)  # None (empty text), {image id: caption}, or a captioner
     guidance_mode: Literal["only mid", "all"] | None = setting(None)  # default: as the guide was trained
@@ -94,7 +94,7 @@ class VLMDiff(Redrawing):
     posterior: Literal["sample", "mode"] = "sample"  # of the autoencoder; the authors sample
     seed: int = 0  # of both noises, drawn for each image from its id
     callback: Callable | None = setting(None)  # (stage, t, latent): "noise" once, "denoise" after each step
-    t_latent: int = field(init=False)
+    t_latent: int = field(init=False)  # the two levels that follow: `start_levels`
     t_denoise: int = field(init=False)
 
     def __post_init__(self) -> None:
