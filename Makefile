@@ -52,7 +52,7 @@ browser:
 $(STAMP): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "no Python >= 3.11 found: install one, or run make PYTHON=/path/to/python"; exit 1; }
 	@test -x $(BIN)/python || $(STAGE) "new environment" $(PYTHON) -m venv .venv
-	@$(STAGE) "install" $(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	@$(STAGE) "install" $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile \
 		-c constraints.txt -e '.[test]'
 	@touch $@
 
