@@ -76,7 +76,7 @@ def multi_timestep_errors(
     per_stage: int = 10,
     seeds: Sequence[int] = (0,),
     first: int = 1,
-    batch_size: int = 64,
+    batch_size: int = 16,
     keep_maps: bool = True,
     callback: Callable | None = None,
 ) -> NoiseErrors:

@@ -52,7 +52,7 @@ class Measuring(Method):
     t_start: int | None = None  # where it starts: the nearest level of the steps at or below it (default: the last)
     prompt: str = ""  # the paper uses none
     map_size: int | None = None  # of every map, in pixels (default: the backbone's image size, at most 256)
-    batch_size: int = setting(64)  # cells in one network call
+    batch_size: int = setting(16)  # cells in one network call; more no longer fit into the cache of a CPU core
 
     def __post_init__(self) -> None:
         super().__post_init__()
