@@ -44,3 +44,28 @@ def fixed_seeds():
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory):
+    """A tiny StableDiffusionPipeline directory, with a PNDM scheduler as Stable Diffusion ships it."""
+    from diffusers import PNDMScheduler, StableDiffusionPipeline
+    from tiny import tiny_parts, tiny_scheduler
+
+    vae, unet, text_encoder, tokenizer = tiny_parts()
+    scheduler = PNDMScheduler.from_config(tiny_scheduler().config, skip_prk_steps=True)
+    parts = (vae, text_encoder, tokenizer, unet, scheduler, None, None)
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    StableDiffusionPipeline(*parts, requires_safety_checker=False).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def saved_pixel(tmp_path_factory):
+    """A tiny DDPMPipeline directory."""
+    from diffusers import DDPMPipeline, DDPMScheduler
+    from tiny import tiny_unet
+
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    DDPMPipeline(tiny_unet(), DDPMScheduler()).save_pretrained(folder)
+    return folder

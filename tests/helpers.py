@@ -1,9 +1,27 @@
-"""Trees of small images in the layouts of datasets, and how they are saved."""
+"""Golden arrays, trees of small images in the layouts of datasets, the imports of a module."""
 
+import ast
 import json
+from multiprocessing import get_context
 
 import numpy as np
+import torch
 from PIL import Image
+
+from conftest import shared_path
+
+
+def arrays(name):
+    """A golden file's arrays, as tensors."""
+    with np.load(shared_path(f"golden/{name}.npz")) as file:
+        return {key: torch.from_numpy(file[key]) for key in file}
+
+
+def forked(function, *args, **options):
+    """A running process of its own that calls the function: what is imported here is imported there."""
+    process = get_context("fork").Process(target=function, args=args, kwargs=options)
+    process.start()
+    return process
 
 
 def save_image(path, array, mode=None, **options):
@@ -48,3 +66,16 @@ def coco_ad_tree(root, splits=(0, 1)):
         meta = {"train": {"coco": train}, "test": {"coco": test}}
         (root / f"meta_20_{i}.json").write_text(json.dumps(meta))
     return root
+
+
+def imports(tree: ast.AST, package: list[str]) -> set[str]:
+    """Dotted names that a module of `package` (its names from the top) imports, inside functions too."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            outer = package[: len(package) - node.level + 1] if node.level else []
+            base = [*outer, *([node.module] if node.module else [])]
+            names |= {".".join([*base, alias.name]) for alias in node.names}
+    return names

@@ -2,93 +2,18 @@
 
 import json
 import shutil
-from functools import cache
 
-import numpy as np
 import pytest
 import torch
+from helpers import arrays
+from tiny import tiny_backbone, tiny_parts, tiny_scheduler
 
 from conftest import shared_path
 from zsad_lib.anomaly.features import load_features
 from zsad_lib.diffusion.latent import Backbone, load_backbone
 from zsad_lib.diffusion.loading import fingerprint
+from zsad_lib.diffusion.pixel import load_pixel_model
 from zsad_lib.errors import ModelError
-
-
-def tiny_parts(text_width=16, latent_channels=4, in_channels=4):
-    """vae, unet, text_encoder, tokenizer of a tiny random model: 32 px images, latents 4x8x8."""
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-
-    torch.manual_seed(1)
-    blocks = {"layers_per_block": 1, "norm_num_groups": 4}
-    vae = AutoencoderKL(
-        block_out_channels=(8, 8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        latent_channels=latent_channels,
-        sample_size=32,
-        scaling_factor=0.9,
-        **blocks,
-    )
-    unet = UNet2DConditionModel(
-        sample_size=8,
-        in_channels=in_channels,
-        out_channels=4,
-        block_out_channels=(8, 16),
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=16,
-        attention_head_dim=4,
-        **blocks,
-    )
-    letters = [*"abcdefghijklmnopqrstuvwxyz_0123456789"]
-    symbols = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>", "!"]
-    tokenizer = CLIPTokenizer(
-        vocab={symbol: i for i, symbol in enumerate(symbols)}, merges=[], pad_token="!", model_max_length=24
-    )
-    text_encoder = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(symbols),
-            hidden_size=text_width,
-            intermediate_size=32,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            max_position_embeddings=24,
-            bos_token_id=symbols.index("<|startoftext|>"),
-            eos_token_id=symbols.index("<|endoftext|>"),
-            pad_token_id=symbols.index("!"),
-        )
-    )
-    return (*(part.eval().requires_grad_(False) for part in (vae, unet, text_encoder)), tokenizer)
-
-
-def tiny_scheduler(**changes):
-    from diffusers import DDIMScheduler
-
-    options = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
-    return DDIMScheduler(**options, clip_sample=False, **changes)
-
-
-@cache
-def tiny_backbone(prediction_type="epsilon"):
-    return Backbone(*tiny_parts(), tiny_scheduler(prediction_type=prediction_type), name="tiny")
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    """A tiny StableDiffusionPipeline directory, with a PNDM scheduler as Stable Diffusion ships it."""
-    from diffusers import PNDMScheduler, StableDiffusionPipeline
-
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    vae, unet, text_encoder, tokenizer = tiny_parts()
-    scheduler = PNDMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1, skip_prk_steps=True
-    )
-    StableDiffusionPipeline(
-        vae, text_encoder, tokenizer, unet, scheduler, None, None, requires_safety_checker=False
-    ).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture
@@ -103,8 +28,7 @@ def golden():
 
 @pytest.mark.parametrize("case", range(4))
 def test_golden_text_and_posterior(golden, case):
-    with np.load(shared_path(f"golden/divad/case{case}_input.npz")) as file:
-        stored = {key: torch.from_numpy(file[key]) for key in file}
+    stored = arrays(f"divad/case{case}_input")
     prompt = json.loads(shared_path("golden/divad/meta.json").read_text())["prompts"][case]
     assert (golden.embed(["", prompt]) - stored["text_embeddings"]).abs().max() < 1e-6
     images = stored["image"].permute(2, 0, 1)[None] / 255
@@ -143,11 +67,8 @@ def test_load_backbone(saved):
     decoded = backbone.decode(50 * latents)
     assert decoded.shape == images.shape and 0 <= decoded.min() and decoded.max() <= 1
     assert torch.equal(backbone.embed(["a b"]), built.embed(["a b"]))
-
-
-def test_encode_refuses_sizes_the_vae_cannot_divide():
     with pytest.raises(ModelError, match="30x32 .* 4$"):
-        tiny_backbone().encode(torch.rand(1, 3, 30, 32))
+        backbone.encode(torch.rand(1, 3, 30, 32))
 
 
 def test_guidance_and_evaluations():
@@ -200,12 +121,12 @@ def test_half_precision_files_are_widened_on_the_cpu(copy):
     widened = load_backbone(copy, device="cpu")
     weight = widened.unet.conv_in.weight
     assert weight.dtype == torch.float32 and torch.equal(weight, full.unet.conv_in.weight.half().float())
+    with pytest.raises(ModelError, match="'int8'"):
+        load_backbone(copy, device="cpu", dtype="int8")
     half = load_backbone(copy, device="cpu", dtype="float16")
     assert half.unet.dtype == half.text_encoder.dtype == torch.float16 and half.vae.dtype == torch.float32
     eps = half.predict_noise(torch.randn(1, 4, 8, 8), 101, half.embed(["a"]))
     assert eps.dtype == torch.float32 and torch.isfinite(eps).all()
-    with pytest.raises(ModelError, match="'int8'"):
-        load_backbone(copy, device="cpu", dtype="int8")
 
 
 def test_random_weights(saved):
@@ -283,7 +204,7 @@ def test_parts_that_do_not_belong_together(parts, scheduler, named):
         Backbone(*tiny_parts(**parts), tiny_scheduler(**scheduler), name="x")
 
 
-@pytest.mark.parametrize("load", [load_backbone, load_features])
+@pytest.mark.parametrize("load", [load_backbone, load_features, load_pixel_model])
 def test_hub_out_of_reach(load, monkeypatch):
     """Offline and not cached: says what to do."""
     import huggingface_hub.constants
@@ -316,49 +237,39 @@ def test_cuda_without_a_gpu(saved, monkeypatch):
         load_backbone(saved, device="cuda")
 
 
-def write_preprocessor(folder, size):
-    values = {"size": size, "image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.25, 0.5]}
-    (folder / "preprocessor_config.json").write_text(json.dumps(values))
+PIXELS = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.25, 0.5]}
 
 
 @pytest.fixture(scope="module")
-def vit(tmp_path_factory):
-    """As facebook/dino-vits8 is stored: no pooler in the files."""
-    from transformers import ViTConfig, ViTModel
+def extractors(tmp_path_factory):
+    """As facebook/dino-vits8 is stored, without a pooler, and microsoft/resnet-50, with a classifier's head."""
+    from transformers import ResNetConfig, ResNetForImageClassification, ViTConfig, ViTModel
 
-    folder = tmp_path_factory.mktemp("models") / "vit"
-    config = ViTConfig(
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=32,
-        image_size=32,
-        patch_size=8,
-    )
+    size = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
     torch.manual_seed(2)
-    ViTModel(config, add_pooling_layer=False).save_pretrained(folder)
-    write_preprocessor(folder, {"height": 32, "width": 32})
-    return folder
+    vit = ViTModel(ViTConfig(**size, image_size=32, patch_size=8), add_pooling_layer=False)
+    size = {"embedding_size": 4, "hidden_sizes": [4, 6, 8, 10], "depths": [1] * 4, "layer_type": "basic"}
+    resnet = ResNetForImageClassification(ResNetConfig(**size, num_labels=3))
+    root = tmp_path_factory.mktemp("models")
+    for name, model, side in (("vit", vit, {"height": 32, "width": 32}), ("resnet", resnet, {"shortest_edge": 64})):
+        model.save_pretrained(root / name)
+        (root / name / "preprocessor_config.json").write_text(json.dumps({"size": side, **PIXELS}))
+    return root
 
 
-@pytest.fixture(scope="module")
-def resnet(tmp_path_factory):
-    """As microsoft/resnet-50 is stored: a classifier's head in the files."""
-    from transformers import ResNetConfig, ResNetForImageClassification
+@pytest.fixture
+def vit(extractors):
+    return extractors / "vit"
 
-    folder = tmp_path_factory.mktemp("models") / "resnet"
-    config = ResNetConfig(
-        embedding_size=4, hidden_sizes=[4, 6, 8, 10], depths=[1, 1, 1, 1], layer_type="basic", num_labels=3
-    )
-    torch.manual_seed(2)
-    ResNetForImageClassification(config).save_pretrained(folder)
-    write_preprocessor(folder, {"shortest_edge": 64})
-    return folder
+
+@pytest.fixture
+def resnet(extractors):
+    return extractors / "resnet"
 
 
 def normalised(images):
-    mean, std = torch.tensor([0.5, 0.4, 0.3]), torch.tensor([0.2, 0.25, 0.5])
-    return (images - mean.view(3, 1, 1)) / std.view(3, 1, 1)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in PIXELS.values())
+    return (images - mean) / std
 
 
 def test_vit_features(vit):
@@ -412,7 +323,7 @@ def test_features_that_cannot_be_read(vit, copy, tmp_path):
 
     with pytest.raises(ModelError, match="lacks config.json, preprocessor_config.json"):
         load_features(copy)
-    write_preprocessor(copy / "text_encoder", 32)
+    (copy / "text_encoder/preprocessor_config.json").write_text(json.dumps({"size": 32, **PIXELS}))
     with pytest.raises(ModelError, match="'clip_text_model'"):
         load_features(copy / "text_encoder")
     damaged = shutil.copytree(vit, tmp_path / "damaged")

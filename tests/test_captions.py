@@ -5,8 +5,6 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 
@@ -14,20 +12,12 @@ import numpy as np
 import pytest
 import tiny_captioners as tiny
 import torch
-from helpers import coco_ad_tree, write_tree
+from helpers import coco_ad_tree, forked, write_tree
 
 from conftest import ROOT
 from zsad_lib import manifest
 from zsad_lib.data import captions
-from zsad_lib.data.captions import (
-    PROMPTS,
-    PromptedCaptioner,
-    caption_dataset,
-    caption_path,
-    captions_of_next_category,
-    load_captioner,
-    read_captions,
-)
+from zsad_lib.data.captions import PROMPTS, captions_of_next_category, load_captioner, read_captions
 from zsad_lib.data.datasets import load_dataset
 from zsad_lib.diffusion.loading import quiet
 from zsad_lib.errors import DataError, ModelError, RunError
@@ -47,12 +37,8 @@ def test_the_captioner_that_ships_knows_its_categories():
     shares = [table.groupby(table["attribute"] == "category")["right"].mean() for table in right]
     assert np.mean([share[True] for share in shares]) > 0.95
     assert np.mean([share[False] for share in shares]) > 0.6
-
-
-def test_the_captioner_resizes_what_it_is_shown():
-    captioner = load_captioner("lite-captioner", "cpu")
-    large = synthad.draw("gauge", "heldout/0", size=128).image
-    assert captioner(torch.from_numpy(large).permute(2, 0, 1)[None] / 255)[0].startswith("An image of a gauge")
+    large = torch.from_numpy(synthad.draw("gauge", "heldout/0", size=128).image).permute(2, 0, 1) / 255
+    assert captioner(large[None])[0].startswith("An image of a gauge"), "it resizes what it is shown"
 
 
 @pytest.mark.parametrize(
@@ -72,16 +58,13 @@ def test_what_is_no_captioner_is_refused(tmp_path, config, message):
         load_captioner(tmp_path)
 
 
-def test_a_name_of_nothing_is_refused():
-    with pytest.raises(ModelError, match="no-such-captioner"):
-        load_captioner("no-such-captioner")
-
-
 def test_the_revision_of_a_folder_is_its_hash():
     captioner = load_captioner("lite-captioner", "cpu")
     assert captioner.revision == f"sha256:{manifest.checkpoint_entry('lite-captioner')['sha256']}"
     with pytest.raises(ModelError, match="lite-captioner .* no revision 'v2'"):
         load_captioner("lite-captioner", "cpu", revision="v2")
+    with pytest.raises(ModelError, match="no-such-captioner"):
+        load_captioner("no-such-captioner")
 
 
 # --- models that take a prompt
@@ -119,7 +102,7 @@ def tiny_models(tmp_path_factory):
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_model_is_asked_in_its_own_way(tiny_models, kind):
     captioner = load_captioner(tiny_models[kind], "cpu")
-    assert isinstance(captioner, PromptedCaptioner) and captioner.name == tiny_models[kind].name
+    assert isinstance(captioner, captions.PromptedCaptioner) and captioner.name == tiny_models[kind].name
     images = [torch.rand(3, 20, 24), torch.zeros(3, 33, 17), torch.ones(3, 16, 16)]
     inputs = captioner.inputs(images, "Why?")
     shown = captioner.processor.tokenizer.batch_decode(inputs["input_ids"])
@@ -237,7 +220,7 @@ class Echo:
 
 
 def describe(*words, **options):
-    return caption_dataset(*words, progress=False, **options)
+    return captions.caption_dataset(*words, progress=False, **options)
 
 
 @pytest.fixture
@@ -256,14 +239,9 @@ def test_a_caption_file_has_a_line_an_image(tree, tmp_path):
     assert read_captions(path) == said and echo.shown == len(tree) == 12
     assert [line["id"] for line in lines(path)] == list(said)
     for line, sample in zip(lines(path), tree, strict=True):
-        assert line == {
-            "id": sample.id,
-            "caption": said[sample.id],
-            "model": "echo",
-            "revision": "1",
-            "prompt": "How bright?",
-            "bytes": sample.image_path.stat().st_size,
-        }
+        same = {"model": "echo", "revision": "1", "prompt": "How bright?"}
+        own = {"id": sample.id, "caption": said[sample.id], "bytes": sample.image_path.stat().st_size}
+        assert line == same | own
     assert describe(tree, echo, path, "How bright?") == said and echo.shown == 12
 
 
@@ -289,25 +267,18 @@ def test_a_captioner_without_prompt_is_not_asked(tree, tmp_path):
     assert {line["prompt"] for line in lines(tmp_path / "c.jsonl")} == {None}
 
 
-@pytest.mark.parametrize(
-    "captioner, prompt, why",
-    [
-        (Echo(name="parrot"), "A?", "model 'echo', not 'parrot'"),
-        (Echo(revision="2"), "A?", "revision '1', not '2'"),
-        (Echo(), "B?", "prompt 'A.', not 'B.'"),
-    ],
-)
-def test_a_file_of_another_run_is_refused_or_started_anew(tree, tmp_path, captioner, prompt, why):
-    path = tmp_path / "c.jsonl"
+@pytest.mark.parametrize("change", [{"model": "parrot"}, {"revision": "2"}, {"prompt": "B?"}])
+def test_a_file_of_another_run_is_refused_or_started_anew(tree, tmp_path, change):
+    (key, value), path = *change.items(), tmp_path / "c.jsonl"
+    first = {"model": "echo", "revision": "1", "prompt": "A?"}
     describe(tree, Echo(), path, "A?")
-    before = path.read_bytes()
-    with pytest.raises(DataError, match=rf"line 1 of {path} has {why}: .*--out.*--overwrite"):
-        describe(tree, captioner, path, prompt)
+    before, new = path.read_bytes(), first | change
+    words = tree, Echo(new["model"], new["revision"]), path, new["prompt"]
+    with pytest.raises(DataError, match=re.escape(f"line 1 of {path} has {key} {first[key]!r}, not {value!r}")):
+        describe(*words)
     assert path.read_bytes() == before
-    describe(tree, captioner, path, prompt, overwrite=True)
-    assert len(lines(path)) == 12 and {(line["model"], line["revision"], line["prompt"]) for line in lines(path)} == {
-        (captioner.name, captioner.revision, prompt)
-    }
+    describe(*words, overwrite=True)
+    assert len(lines(path)) == 12 and all(line | new == line for line in lines(path))
 
 
 def test_images_that_changed_are_not_taken_for_described(tree, tmp_path):
@@ -326,11 +297,10 @@ def test_two_processes_never_write_one_file(tree, tmp_path):
 
 
 def test_what_a_captioner_owes(tree, tmp_path):
-    with pytest.raises(DataError, match="batch_size"):
-        describe(tree, Echo(), tmp_path / "c.jsonl", batch_size=0)
     silent = type("Silent", (Echo,), {"__call__": lambda self, images, prompt: []})
-    with pytest.raises(DataError, match="0 captions for 8 images"):
-        describe(tree, silent(), tmp_path / "c.jsonl")
+    for captioner, batch_size, why in ((Echo(), 0, "batch_size"), (silent(), 8, "0 captions for 8 images")):
+        with pytest.raises(DataError, match=why):
+            describe(tree, captioner, tmp_path / "c.jsonl", batch_size=batch_size)
 
 
 def test_a_file_torn_at_any_byte_is_mended(tree, tmp_path):
@@ -370,66 +340,56 @@ def test_damaged_files_say_where(tmp_path, content, kind, why):
     with pytest.raises(kind, match=why) as error:
         read_captions(path)
     assert str(path) in str(error.value)
+    path.write_text(GOOD.strip())  # an editor may leave out the end of the last line
+    assert read_captions(path) == {"a": "A bottle."}
 
 
-def test_an_editor_may_leave_out_the_end_of_the_last_line(tmp_path):
-    (tmp_path / "c.jsonl").write_text(GOOD.strip())
-    assert read_captions(tmp_path / "c.jsonl") == {"a": "A bottle."}
-
-
-SLOW = """
-import os, signal, sys, time
-from zsad_lib.data import captions
-from zsad_lib.data.datasets import load_dataset
-
-class Slow:
-    name, revision, prompted, size = "slow", "1", True, None
+class Slow(Echo):
     def __call__(self, images, prompt):
         time.sleep(0.02)
-        return [f"{prompt} {image.mean():.6f}" for image in images]
+        return super().__call__(images, prompt)
 
-def torn(file, line, written=[], append=captions.append_line):
-    written.append(line)
-    if len(written) <= tear:
-        return append(file, line)
-    file.write(b'{"id": "box/te')
-    file.flush()
-    os.kill(os.getpid(), signal.SIGKILL)
 
-root, path, tear = sys.argv[1], sys.argv[2], int(sys.argv[3])
-if tear:
-    captions.append_line = torn
-data = load_dataset("mvtec_ad", root)
-captions.caption_dataset(data, Slow(), path, "How bright?", batch_size=2, progress=False)
-"""
+def slowly(data, path, tear):
+    """In a process of its own: describe the images; with `tear`, die half way through the line after so many."""
+    written, append = [], captions.append_line
+
+    def torn(file, line):
+        written.append(line)
+        if len(written) <= tear:
+            return append(file, line)
+        file.write(b'{"id": "box/te')
+        file.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    captions.append_line = torn if tear else append
+    describe(data, Slow("slow"), path, "How bright?", batch_size=2)
 
 
 def test_a_run_killed_at_any_moment_goes_on(tmp_path):
     """kill -9: from outside, whatever it is at, and once half way through a line. No line is lost or doubled."""
     data = load_dataset("mvtec_ad", write_tree(tmp_path / "tree", per_class=20))
-    path, script = tmp_path / "c.jsonl", tmp_path / "slow.py"
-    script.write_text(SLOW)
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-
-    def start(tear=0):
-        words = [sys.executable, str(script), str(tmp_path / "tree"), str(path), str(tear)]
-        return subprocess.Popen(words, env=environment)
+    path = tmp_path / "c.jsonl"
 
     def written():
         return path.read_bytes().count(b"\n") if path.exists() else 0
 
+    def ended(process):
+        process.join()
+        return process.exitcode
+
     for more in (3, 12):
-        before, process = written(), start()
-        while written() < before + more and process.poll() is None:
+        before, process = written(), forked(slowly, data, path, 0)
+        while written() < before + more and process.is_alive():
             time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL, "it was still at work"
+        process.kill()
+        assert ended(process) == -signal.SIGKILL, "it was still at work"
         assert before + more <= written() < len(data)
     whole = written()
-    assert start(tear=5).wait() == -signal.SIGKILL
+    assert ended(forked(slowly, data, path, 5)) == -signal.SIGKILL
     assert written() == whole + 5 and path.read_bytes().endswith(b'\n{"id": "box/te')
     kept = path.read_bytes().rpartition(b"\n")[0]
-    assert start().wait() == 0
+    assert ended(forked(slowly, data, path, 0)) == 0
     assert path.read_bytes().startswith(kept + b"\n"), "what was written stays as it was"
     ids = [line["id"] for line in lines(path)]
     assert sorted(ids) == sorted(sample.id for sample in data) and len(set(ids)) == len(ids) == 80
@@ -437,31 +397,26 @@ def test_a_run_killed_at_any_moment_goes_on(tmp_path):
 
 
 def test_where_captions_are_kept():
-    assert str(caption_path("synthad", "lite-captioner")) == "runs/captions/synthad-lite-captioner-objects.jsonl"
-    assert caption_path("coco_ad", "OpenGVLab/InternVL3-8B-hf", "scenes", "there").name == (
-        "coco_ad-OpenGVLab_InternVL3-8B-hf-scenes.jsonl"
-    )
+    for words, path in {
+        ("synthad", "lite-captioner"): "runs/captions/synthad-lite-captioner-objects.jsonl",
+        ("coco_ad", "a/B-hf", "scenes", "there"): "there/coco_ad-a_B-hf-scenes.jsonl",
+    }.items():
+        assert str(captions.caption_path(*words)) == path
 
 
 # --- other captions for the same images
 
 
 def test_exchanged_captions_are_those_of_the_next_category(tmp_path):
+    """They start over where the next category has fewer."""
     images = load_dataset("mvtec_ad", write_tree(tmp_path / "tree", per_class=2))
-    said = {sample.id: f"about {sample.id}" for sample in images.samples}
-    wrong = captions_of_next_category(images, said)
-    assert list(wrong) == list(said)
+    wrong = captions_of_next_category(images, {s.id: s.id for s in images})
     names = images.categories
-    for sample in images.samples:
-        following = names[(names.index(sample.category) + 1) % len(names)]
-        assert wrong[sample.id].startswith(f"about {following}/")
+    following = dict(zip(names, (*names[1:], names[0]), strict=True))
+    assert list(wrong) == [s.id for s in images]
+    assert all(wrong[s.id].startswith(f"{following[s.category]}/") for s in images)
     with pytest.raises(DataError, match=images.name):
-        captions_of_next_category(images.select(categories=names[0]), said)
-
-
-def test_they_start_over_where_the_next_category_has_fewer(tmp_path):
-    images = load_dataset("mvtec_ad", write_tree(tmp_path / "tree", per_class=2))
-    first, second = images.categories[:2]
-    kept = [s for s in images.samples if s.category == first] + [s for s in images.samples if s.category == second][:1]
-    wrong = captions_of_next_category(replace(images, samples=tuple(kept)), {s.id: s.id for s in kept})
-    assert {wrong[s.id] for s in kept[:-1]} == {kept[-1].id} and wrong[kept[-1].id] == kept[0].id
+        captions_of_next_category(images.select(categories=names[0]), wrong)
+    *first, last = kept = images.samples[:5]  # four of one category and one of the other
+    wrong = captions_of_next_category(replace(images, samples=kept), {s.id: s.id for s in kept})
+    assert {wrong[s.id] for s in first} == {last.id} and wrong[last.id] == first[0].id

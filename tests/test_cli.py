@@ -368,15 +368,15 @@ def test_divad_on_a_tiny_stable_diffusion(tmp_path, monkeypatch):
 
 
 def test_ood_prints_and_keeps_both_tables(tmp_path, monkeypatch):
-    from diffusers import DDPMPipeline
-    from test_pixel_models import tiny_schedule, tiny_unet
+    from diffusers import DDPMPipeline, DDPMScheduler
+    from tiny import tiny_unet
 
     from zsad_lib.methods.stein_ssim import Reading
     from zsad_lib.papers import ood
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(ood, "all_readings", lambda _: {ood.label(r): r for r in (Reading(), ood.PathReading("1d"))})
-    DDPMPipeline(tiny_unet(), tiny_schedule()).save_pretrained("tiny")
+    DDPMPipeline(tiny_unet(), DDPMScheduler()).save_pretrained("tiny")
     words = ["ood", "--base", "tiny", "--in", "digits", "--out-set", "noise", "--out-set", "magnetic_tile"]
     words += ["--train", 8, "--test", 5, "--bootstrap", 10, "--device", "cpu", "--out", "here"]
     text = invoke(*words)

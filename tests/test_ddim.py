@@ -2,9 +2,10 @@
 
 import json
 
-import numpy as np
 import pytest
 import torch
+from helpers import arrays
+from tiny import tiny_scheduler
 
 from conftest import shared_path
 from zsad_lib.diffusion import ddim
@@ -16,9 +17,16 @@ CASES = [(i, s) for i in range(4) for s in SETTINGS if (i, s) != (3, "official_d
 ALPHAS = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2, dim=0)
 
 
-def arrays(relative):
-    with np.load(shared_path(relative)) as file:
-        return {key: torch.from_numpy(file[key]) for key in file}
+def guided(backbone, meta, case, setting):
+    """(the prediction of the official script's run, its options), which notes what it was asked in `asked`."""
+    options, (cond, uncond) = meta["settings"][setting], backbone.embed([meta["prompts"][case], ""])
+    asked = []
+
+    def predict(z, t):
+        asked.append((t, z))
+        return backbone.predict_noise(z, t, cond[None], uncond[None], options["guidance"])
+
+    return predict, options, asked
 
 
 @pytest.fixture(scope="module")
@@ -34,16 +42,9 @@ def meta():
 @pytest.mark.parametrize(("case", "setting"), CASES)
 def test_golden_loops(backbone, meta, case, setting):
     """Every latent, timestep and level of the official `invert` and `sample`, from the stored start."""
-    golden = arrays(f"golden/divad/case{case}_{setting}.npz")
-    options = meta["settings"][setting]
-    cond, uncond = backbone.embed([meta["prompts"][case], ""])
-    start = arrays(f"golden/divad/case{case}_input.npz")["start_latents"]
-    asked = []
-
-    def predict(z, t):
-        asked.append((t, z))
-        return backbone.predict_noise(z, t, cond[None], uncond[None], options["guidance"])
-
+    golden = arrays(f"divad/case{case}_{setting}")
+    start = arrays(f"divad/case{case}_input")["start_latents"]
+    predict, options, asked = guided(backbone, meta, case, setting)
     path = ddim.invert(predict, start, backbone.alphas_cumprod, options["nis"])
     assert [t for t, _ in asked] == golden["inv_timesteps"].tolist() == [t for t, _ in path]
     assert (torch.cat([z for _, z in path]) - golden["inverted_latents"]).abs().max() < 1e-4
@@ -52,13 +53,11 @@ def test_golden_loops(backbone, meta, case, setting):
     picked = path[options["index"]][1]
     assert (picked - golden["picked_latent"]).abs().max() < 1e-4
     asked.clear()
-    final = ddim.denoise(
-        predict, picked, backbone.alphas_cumprod, options["inf_step"], options["ss"], skip_identity=False
-    )
+    steps = options["inf_step"], options["ss"]
+    final = ddim.denoise(predict, picked, backbone.alphas_cumprod, *steps, skip_identity=False)
     assert [t for t, _ in asked] == golden["smp_timesteps"].tolist()
     assert (torch.cat([z for _, z in asked]) - golden["smp_latents_in"]).abs().max() < 1e-4
-    steps = ddim.denoising_steps(options["inf_step"], options["ss"])
-    assert steps == [tuple(p) for p in golden["smp_acp_index"].tolist()]
+    assert ddim.denoising_steps(*steps) == [tuple(p) for p in golden["smp_acp_index"].tolist()]
     assert (final - golden["final_latent"]).abs().max() < 1e-4
 
     decoded = backbone.decode(final).permute(0, 2, 3, 1)
@@ -70,7 +69,7 @@ def test_golden_loops(backbone, meta, case, setting):
 @pytest.mark.parametrize("setting", SETTINGS[1:])
 def test_golden_noise_predictions(backbone, meta, setting):
     """Both halves of the guided call, from the stored latents of the last denoising step, non-square."""
-    golden = arrays(f"golden/divad/case3_{setting}.npz")
+    golden = arrays(f"divad/case3_{setting}")
     cond, uncond = backbone.embed([meta["prompts"][3], ""])
     z, t = golden["smp_latents_in"][-1:], int(golden["smp_timesteps"][-1])
     for text, stored in ((uncond, golden["smp_eps"][-1, :1]), (cond, golden["smp_eps"][-1, 1:])):
@@ -80,15 +79,8 @@ def test_golden_noise_predictions(backbone, meta, setting):
 @pytest.mark.parametrize("setting", ("official_default", "cheap_matched"))
 def test_golden_short_cuts(backbone, meta, setting):
     """Ending the inversion at the picked level and skipping the idle step changes nothing that matters."""
-    golden = arrays(f"golden/divad/case0_{setting}.npz")
-    options = meta["settings"][setting]
-    cond, uncond = backbone.embed([meta["prompts"][0], ""])
-    start = arrays("golden/divad/case0_input.npz")["start_latents"]
-
-    def predict(z, t):
-        return backbone.predict_noise(z, t, cond[None], uncond[None], options["guidance"])
-
-    before = backbone.evaluations
+    golden, start = arrays(f"divad/case0_{setting}"), arrays("divad/case0_input")["start_latents"]
+    (predict, options, _), before = guided(backbone, meta, 0, setting), backbone.evaluations
     stop = meta["cases"][f"case0_{setting}"]["picked_t"]
     path = ddim.invert(predict, start, backbone.alphas_cumprod, options["nis"], stop=stop)
     assert path[-1][0] == stop
@@ -99,7 +91,7 @@ def test_golden_short_cuts(backbone, meta, setting):
 
 
 def test_golden_schedule(backbone):
-    golden = arrays("golden/divad/schedule.npz")["alphas_cumprod"]
+    golden = arrays("divad/schedule")["alphas_cumprod"]
     assert backbone.alphas_cumprod.dtype == torch.float32
     assert (backbone.alphas_cumprod - golden).abs().max() < 1e-7
 
@@ -174,28 +166,20 @@ def test_inverted_latent_has_the_levels_distribution():
 
 def test_golden_model_round_trip(backbone):
     """With a network instead of a formula, more steps bring the latent back more closely too."""
-    z = arrays("golden/divad/case0_input.npz")["start_latents"]
+    z = arrays("divad/case0_input")["start_latents"]
     cond = backbone.embed(["An image of a hazelnut"])
-    errors = [
-        round_trip_error(lambda z, t: backbone.predict_noise(z, t, cond), z, backbone.alphas_cumprod, n)
-        for n in (5, 20, 100)
-    ]
+    predict = lambda z, t: backbone.predict_noise(z, t, cond)  # noqa: E731
+    errors = [round_trip_error(predict, z, backbone.alphas_cumprod, n) for n in (5, 20, 100)]
     assert errors[2] < 0.5 * errors[1] < 0.5 * errors[0] and errors[2] < 0.1, errors
 
 
 def test_denoise_is_diffusers_ddim():
     """An independent implementation: DDIMScheduler with "leading" spacing and the same offset."""
-    from diffusers import DDIMScheduler
-
-    scheduler = DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1, clip_sample=False
-    )
+    scheduler, reached = tiny_scheduler(), []
     scheduler.set_timesteps(20)
     predict = gaussian_predictor(scheduler.alphas_cumprod)
-    z = start = torch.randn(2, 4, 8, 8)
-    reached = []
-    alphas = scheduler.alphas_cumprod
-    ddim.denoise(predict, start, alphas, 20, start_step=5, callback=lambda t, z: reached.append((t, z)))
+    z = torch.randn(2, 4, 8, 8)
+    ddim.denoise(predict, z, scheduler.alphas_cumprod, 20, 5, callback=lambda t, z: reached.append((t, z)))
     timesteps = scheduler.timesteps[5:].tolist()
     assert [t for t, _ in reached] == timesteps[1:]
     for t, (_, latent) in zip(timesteps, reached, strict=False):
@@ -219,14 +203,14 @@ def test_callback_and_stop():
 
 def test_golden_loops_replayed():
     """The official loops with their own noise predictions in the network's place: needs no weights."""
-    golden, settings = arrays("golden/divad/case0_cheap_official_index.npz"), {"n_steps": 20, "offset": 1}
-    alphas = arrays("golden/divad/schedule.npz")["alphas_cumprod"]
+    golden, settings = arrays("divad/case0_cheap_official_index"), {"n_steps": 20, "offset": 1}
+    alphas = arrays("divad/schedule")["alphas_cumprod"]
 
     def replay(stored):
         left = iter(stored[:, :1] + 3.5 * (stored[:, 1:] - stored[:, :1]))
         return lambda z, t: next(left)
 
-    start = arrays("golden/divad/case0_input.npz")["start_latents"]
+    start = arrays("divad/case0_input")["start_latents"]
     path = ddim.invert(replay(golden["inv_eps"]), start, alphas, **settings)
     assert [t for t, _ in path] == golden["inv_timesteps"].tolist()
     assert (torch.cat([z for _, z in path]) - golden["inverted_latents"]).abs().max() < 1e-4

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from sklearn.neighbors import KernelDensity
-from test_pixel_models import tiny_pixel_model, tiny_unet
+from tiny import tiny_pixel_model, tiny_unet
 
 from conftest import shared_path
 from zsad_lib.anomaly.density import atypicality, fit_kernel, fit_mixture

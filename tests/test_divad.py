@@ -2,10 +2,10 @@
 
 import json
 
-import numpy as np
 import pytest
 import torch
-from test_backbones import tiny_backbone
+from helpers import arrays
+from tiny import tiny_backbone
 
 from conftest import shared_path
 from zsad_lib.anomaly import maps
@@ -33,14 +33,8 @@ def golden():
 
 def tiny_divad(**options):
     """DIVAD on 32 px images: the pools must fit."""
-    return DIVAD(
-        backbone=tiny_backbone(), features=load_features("pixels", "cpu"), **{"sigma": 1, "pool": 2, **options}
-    )
-
-
-def arrays(relative):
-    with np.load(shared_path(relative)) as file:
-        return {key: torch.from_numpy(file[key]) for key in file}
+    pools = {"sigma": 1, "pool": 2}
+    return DIVAD(backbone=tiny_backbone(), features=load_features("pixels", "cpu"), **pools | options)
 
 
 def test_golden_settings_file():
@@ -56,8 +50,7 @@ def test_golden_settings_file():
 @pytest.mark.parametrize(("case", "setting"), CASES)
 def test_golden_reconstruction(golden, monkeypatch, case, setting):
     """From the image file's pixels to the decoded image, with the posterior noise that the script drew."""
-    stored = arrays(f"golden/divad/case{case}_input.npz")
-    expected = arrays(f"golden/divad/case{case}_{setting}.npz")
+    stored, expected = arrays(f"divad/case{case}_input"), arrays(f"divad/case{case}_{setting}")
     drawn = []
 
     def stored_noise(ids, purpose, seed, shape):
@@ -65,14 +58,8 @@ def test_golden_reconstruction(golden, monkeypatch, case, setting):
         return stored["posterior_noise"]
 
     monkeypatch.setattr(divad, "image_noise", stored_noise)
-    method = DIVAD(
-        backbone=golden,
-        features=load_features("pixels", "cpu"),
-        posterior="sample",
-        **SETTINGS[setting],
-        sigma=1.25,
-        pool=2,
-    )
+    options = {"posterior": "sample", "sigma": 1.25, "pool": 2, **SETTINGS[setting]}
+    method = DIVAD(backbone=golden, features=load_features("pixels", "cpu"), **options)
     images = stored["image"].permute(2, 0, 1)[None] / 255
     scores = method.score(images, ["an id"], [CATEGORIES[case]])
     assert drawn == [(["an id"], tuple(stored["posterior_noise"].shape[1:]))]

@@ -5,43 +5,21 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from test_backbones import saved, tiny_backbone  # noqa: F401 the fixture
-from test_guidance import fill, tiny_guided
+from compvis import fill
+from tiny import IDS, SMALL, guided_model, made_up, tiny_guided
 
 from zsad_lib.anomaly.features import load_features
-from zsad_lib.anomaly.noise_errors import NoiseErrors, timestep_grid
 from zsad_lib.diffusion import guidance
 from zsad_lib.diffusion.guidance import GuidedModel, SemanticGuide
 from zsad_lib.diffusion.latent import load_backbone
 from zsad_lib.errors import MethodError, ModelError
 from zsad_lib.evaluation import metrics, tables
 from zsad_lib.methods import dzad
-from zsad_lib.methods.dzad import DZAD, Measured, Reading, join
-
-SMALL = {"stages": 5, "per_stage": 2, "steps": 5, "sigma": 1.0, "pool": 2}
-IDS = [f"plate/{k}" for k in range(4)]
+from zsad_lib.methods.dzad import DZAD, Reading, join
 
 
-def made_up(images=6, seed=0, shift=2.0):
-    """A Measured of random errors; the second half of the images is anomalous and higher by `shift` at the last stage
-    and at one position, where also the features of the reconstruction differ."""
-    rng = np.random.default_rng(seed)
-    labels = (np.arange(images) >= images // 2).astype(int)
-    positions = rng.uniform(0.5, 1.0, (images, 5, 2, 4, 4)).astype(np.float32)
-    positions[labels == 1, -1, :, 1, 2] += shift * 16
-    similarity = rng.uniform(1.8, 2.0, (images, 8, 8)).astype(np.float32)
-    similarity[labels == 1, 2:4, 4:6] = 0.5
-    alphas = torch.linspace(0.999, 0.01, 1000).numpy()
-    errors = NoiseErrors(
-        np.array([f"{seed}/{k}" for k in range(images)]), timestep_grid(1000, 5, 2), np.arange(1), alphas,
-        positions.mean((3, 4))[..., None], positions,
-    )  # fmt: skip
-    return Measured(errors, similarity, 2, labels, 8)
-
-
-def guided_model():
-    backbone, guided = tiny_guided(len(IDS))
-    return GuidedModel(backbone, guided.guide), guided.images
+def tiny_dzad(backbone, **options):
+    return DZAD(backbone=backbone, features=load_features("pixels"), **SMALL, **options)
 
 
 # --- readings
@@ -49,9 +27,11 @@ def guided_model():
 
 def test_weight_one_is_the_plain_mean():
     measured = made_up()
-    scores, maps = Reading("one", decision="weighted sum", map="noise errors", sigma=0).read(measured)
+    reading = Reading("one", decision="weighted sum", map="noise errors", sigma=0)
+    scores, maps = reading.read(measured)
     assert scores == pytest.approx(measured.errors.errors.mean((1, 2, 3)), rel=1e-6)
     assert maps.shape == (6, 8, 8)
+    np.testing.assert_array_equal(reading.read(replace(measured, similarity=None))[1], maps)
     small = torch.nn.functional.interpolate(torch.from_numpy(maps)[:, None], (4, 4), mode="area")[:, 0]
     assert small.mean((1, 2)).numpy() == pytest.approx(scores, rel=0.05)
 
@@ -65,13 +45,8 @@ def test_class_features_decide_by_the_nearest_matrix():
         normal, anomalous = (min(np.array(distance)[reference.labels == label]) for label in (0, 1))
         assert score == pytest.approx(normal - anomalous, abs=1e-6)
     assert ((scores > 0) == measured.labels).all()
-
-
-def test_an_image_of_the_reference_is_its_own_nearest():
-    reference = made_up(seed=2)
     distances, nearest = dzad.class_distances(reference.errors.matrix, reference.errors.matrix)
-    assert distances == pytest.approx(0, abs=1e-6)
-    assert (nearest == np.arange(6)).all()
+    assert distances == pytest.approx(0, abs=1e-6) and (nearest == np.arange(6)).all(), "each is its own nearest"
 
 
 def test_the_threshold_parts_the_classes():
@@ -93,7 +68,6 @@ def test_two_branches_without_weights_are_the_plain_feature_map():
     """Errors at the level of the most similar normal image everywhere: w_pn = w_pa = 1."""
     measured = made_up(shift=0)
     measured.errors.maps[:] = measured.errors.errors[:] = 0.7
-    measured = replace(measured, errors=replace(measured.errors, maps=np.full((6, 5, 2, 4, 4), 0.7, np.float32)))
     branches, features = (Reading(map=name).read(measured, measured)[1] for name in ("two-branch", "features"))
     assert np.abs(branches - features).max() < 1e-5
 
@@ -120,11 +94,9 @@ def test_without_many_timesteps_one_cell_decides():
 
 def test_learned_weights_beat_one_on_the_set_they_were_fitted_on():
     reference = made_up(40, seed=3, shift=0.03)
-    aurocs = {}
-    for name in ("one", "learned"):
-        scores, _ = Reading(name, decision="weighted sum", map="features").read(reference, reference)
-        aurocs[name] = metrics.auroc(reference.labels, scores)
-    assert aurocs["learned"] > aurocs["one"]
+    readings = (Reading(name, decision="weighted sum", map="features") for name in ("one", "learned"))
+    one, learned = (metrics.auroc(reference.labels, r.read(reference, reference)[0]) for r in readings)
+    assert learned > one
 
 
 def test_the_maximum_of_the_map_needs_no_reference():
@@ -147,7 +119,7 @@ def test_parts_join_in_order():
 
 def test_it_costs_the_matrix_and_the_reconstruction():
     model, images = guided_model()
-    scores = DZAD(backbone=model, features=load_features("pixels"), seeds=3, **SMALL).score(images, IDS, ["plate"] * 4)
+    scores = tiny_dzad(model, seeds=3).score(images, IDS, ["plate"] * 4)
     assert (scores.details["evaluations"] == 5 * 2 * 3 + 4).all()  # the last of 5 steps stays where it is
     assert scores.details["matrix"].shape == (4, 5, 2)
 
@@ -156,9 +128,7 @@ def test_a_new_guide_changes_nothing_and_a_trained_one_does():
     backbone, _ = tiny_guided()
     images = torch.rand(4, 3, 32, 32)
     new = SemanticGuide.from_unet(backbone.unet, 2)
-    methods = [
-        DZAD(backbone=m, features=load_features("pixels"), **SMALL) for m in (backbone, GuidedModel(backbone, new))
-    ]
+    methods = [tiny_dzad(model) for model in (backbone, GuidedModel(backbone, new))]
     plain, guided = (m.measure(images, IDS) for m in methods)
     assert np.abs(plain.errors.errors - guided.errors.errors).max() < 1e-5
     fill("guide", new)
@@ -168,16 +138,13 @@ def test_a_new_guide_changes_nothing_and_a_trained_one_does():
 def test_the_reconstruction_starts_where_it_is_told():
     model, images = guided_model()
     with torch.no_grad():
-        low, high = (
-            DZAD(backbone=model, features=load_features("pixels"), t_start=t, **SMALL).reconstruct(images, IDS)
-            for t in (250, None)
-        )
+        low, high = (tiny_dzad(model, t_start=t).reconstruct(images, IDS) for t in (250, None))
         decoded = model.backbone.decode(model.backbone.encode(images))
     assert (low - decoded).abs().mean() < (high - decoded).abs().mean()
-    assert DZAD(backbone=model, features=load_features("pixels"), t_start=250, **SMALL).t_start == 201
+    assert tiny_dzad(model, t_start=250).t_start == 201
 
 
-def test_a_saved_model_gives_identical_output(saved, tmp_path):  # noqa: F811
+def test_a_saved_model_gives_identical_output(saved, tmp_path):
     """The trained parts beside their base: what comes back predicts the same, to the last bit."""
     backbone = load_backbone(saved)
     guide = fill("guide", SemanticGuide.from_unet(backbone.unet, backbone.scale_factor.bit_length() - 1)).eval()
@@ -188,15 +155,13 @@ def test_a_saved_model_gives_identical_output(saved, tmp_path):  # noqa: F811
     (tmp_path / "pair").mkdir()
     guidance.save_guided(tmp_path / "pair", backbone.unet, guide, facts)
     loaded = guidance.load_guided(tmp_path / "pair")
-    size = backbone.image_size
-    z, images = torch.randn(2, *backbone.latent_shape), torch.rand(2, 3, size, size)
+    z, images = torch.randn(2, *backbone.latent_shape), torch.rand(2, 3, backbone.image_size, backbone.image_size)
     with torch.no_grad():
         ours, theirs = (
             m.condition_on(images).predict_noise(z, 501, backbone.embed(["", ""]))
             for m in (GuidedModel(backbone, guide, "all"), loaded)
         )
-    assert torch.equal(ours, theirs)
-    assert len(loaded.backbone.alphas_cumprod) == 1200 and loaded.mode == "all"
+    assert torch.equal(ours, theirs) and len(loaded.backbone.alphas_cumprod) == 1200 and loaded.mode == "all"
     assert isinstance(guidance.load_guided_or_plain(saved), type(backbone))
     random = guidance.load_guided_or_plain(tmp_path / "pair", random_weights="unet")
     assert random.backbone.control == "unet"
@@ -213,20 +178,15 @@ def test_references_that_cannot_work():
     model, images = guided_model()
     for reading in ({"map": "two-branch"}, {"weighting": "learned"}, {"decision": "class features"}):
         with pytest.raises(MethodError, match="needs a reference"):
-            DZAD(backbone=model, features=load_features("pixels"), **SMALL, **reading).score(images, IDS, IDS)
+            tiny_dzad(model, **reading).score(images, IDS, IDS)
     with pytest.raises(MethodError, match="reconstruct=True"):
         Reading().read(replace(measured, similarity=None), measured)
-
-
-def test_maps_have_their_size_without_a_reconstruction():
-    measured, reading = made_up(), Reading("one", decision="weighted sum", map="noise errors", sigma=0)
-    np.testing.assert_array_equal(reading.read(replace(measured, similarity=None))[1], reading.read(measured)[1])
 
 
 def test_labelled_images_are_measured_once_and_named():
     """What `fit` is given passes the network at the first score alone; the record says what it was."""
     model, images = guided_model()
-    asked, method = [], DZAD(backbone=model, features=load_features("pixels"), **SMALL)
+    asked, method = [], tiny_dzad(model)
 
     class Known:
         record = {"reference": "plates", "limit": 1}

@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from test_dzad import made_up
-from test_guidance import small
+from tiny import made_up, small
 
 from zsad_lib.anomaly import maps
 from zsad_lib.diffusion import guidance

@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers import write_tree
 from PIL import Image
-from test_dzad import SMALL, guided_model, made_up
+from tiny import SMALL, guided_model, made_up
 
 from conftest import shared_path
 from zsad_lib import profiles

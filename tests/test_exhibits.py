@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from test_dzad import guided_model
+from tiny import guided_model
 
 from conftest import shared_path
 from zsad_lib.evaluation import metrics

@@ -1,68 +1,34 @@
 """zsad_lib.diffusion.guidance: the authors' network at full width (golden, opt-in), its structure at small width."""
 
-import zlib
 from copy import deepcopy
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, UNet2DConditionModel
-from ldm_names import ldm_names
-from test_backbones import saved, tiny_backbone, tiny_scheduler  # noqa: F401 the fixture
+from compvis import (
+    RAW,
+    SHAPES,
+    autoencoder_errors,
+    fill,
+    full_size,
+    gaussian,
+    network_errors,
+    sampler_errors,
+    sd_unet,
+    sd_vae,
+)
+from helpers import arrays
+from tiny import small, tiny_guided, tiny_scheduler
 
 from conftest import shared_path
 from zsad_lib.diffusion import ddim, guidance
 from zsad_lib.diffusion.guidance import GuidedBackbone, GuidedModel, SemanticGuide, guided_unet
-from zsad_lib.diffusion.latent import Backbone, load_backbone
+from zsad_lib.diffusion.latent import load_backbone
 from zsad_lib.errors import ModelError
 from zsad_lite.training.pipeline import LATENT_CHANNELS, build_scheduler, build_unet
 
-RAW = {"hint_mean": (0, 0, 0), "hint_std": (1, 1, 1)}  # the golden hints are given as the network takes them
 GROUPS = {"sd": ((6, 7, 8), (9, 10, 11)), "compact": ((2, 3), (4, 5))}  # fused skips, and those fused into
-
-
-def sd_unet(widths=(320, 640, 1280, 1280), **options):
-    """Stable Diffusion 1.5's U-Net, of any width."""
-    return UNet2DConditionModel(sample_size=64, block_out_channels=widths, **({"cross_attention_dim": 768} | options))
-
-
-def gaussian(name, shape, scale=1.0):
-    """The numbers that the golden files' rule gives for a name."""
-    generator = np.random.Generator(np.random.PCG64(zlib.crc32(name.encode())))
-    return torch.from_numpy(np.float32(scale) * generator.standard_normal(shape, dtype=np.float32))
-
-
-def filled(key, shape):
-    """The tensor of a CompVis name, as the golden files' README says."""
-    if len(shape) >= 2:
-        gain = 1.6 if ".input_hint_block." in key else 1
-        return gaussian(key, shape, gain / np.sqrt(np.prod(shape[1:])))
-    return 1 + gaussian(key, shape, 0.1) if key.endswith("weight") else gaussian(key, shape, 0.02)
-
-
-def fill(part, model):
-    """Fill every tensor by its CompVis name."""
-    names = ldm_names(part, model)
-    with torch.no_grad():
-        for name, tensor in model.state_dict().items():
-            tensor.copy_(filled(names[name], tensor.shape))
-    return model
-
-
-def small(kind="compact", filled=True, initialisation="trainable"):
-    """(unet, guide, inputs): Stable Diffusion's structure or the compact models', narrow; inputs for `guided_unet`."""
-    options = {"norm_num_groups": 8, "attention_head_dim": 4, "cross_attention_dim": 24}
-    unet = sd_unet((16, 24, 32, 32), **options) if kind == "sd" else build_unet((16, 32, 32))
-    halvings = {"sd": 3, "compact": 2}[kind]
-    guide = SemanticGuide.from_unet(unet, halvings, initialisation)
-    if filled:
-        fill("unet", unet), fill("guide", guide)
-    z = torch.randn(2, unet.config.in_channels, 16, 16)
-    text = torch.randn(2, 5, unet.config.cross_attention_dim)
-    images = torch.rand(2, 3, 16 * 2**halvings, 16 * 2**halvings)
-    return unet, guide, (z, torch.tensor([999, 321]), text, images)
 
 
 def run(unet, guide, inputs, mode="only mid"):
@@ -109,13 +75,10 @@ def test_fusion_goes_from_the_last_but_one_resolution_into_the_last(kind):
     after, middle = guide(z, t, text, hint)
     sources, targets = GROUPS[kind]
     assert len(after) == len(before) == targets[-1] + 1 and torch.equal(middle, middle_before)
-    resolutions = [skip.shape[-1] for skip in before]
-    assert {resolutions[k] for k in sources} == {2 * resolutions[targets[0]]}
-    assert resolutions.count(resolutions[-1]) == len(targets) and resolutions.count(resolutions[sources[0]]) == len(
-        sources
-    )
-    for k in range(targets[0]):
-        assert torch.equal(after[k], before[k])
+    sides = [skip.shape[-1] for skip in before]
+    assert {sides[k] for k in sources} == {2 * sides[targets[0]]}
+    assert sides.count(sides[-1]) == len(targets) and sides.count(sides[sources[0]]) == len(sources)
+    assert all(torch.equal(after[k], before[k]) for k in range(targets[0]))
     for k in targets:
         assert torch.allclose(after[k], reference_fusion(guide, before, k, sources), atol=1e-5)
         assert not torch.allclose(after[k], before[k], atol=0.1)
@@ -190,19 +153,14 @@ def test_images_are_scaled_as_the_guide_was_made_for():
 
 def steps(unet, guide, inputs, mode, count=1):
     """A few AdamW steps on a random linear loss; the gradients of the first one, by name."""
-    parameters = guidance.trainable_parameters(unet, guide)
-    optimizer = torch.optim.AdamW(parameters, lr=1e-3)
+    optimizer = torch.optim.AdamW(guidance.trainable_parameters(unet, guide), lr=1e-3)
+    named = dict(torch.nn.ModuleDict({"guide": guide, "unet": unet}).named_parameters())
     first = None
     for _ in range(count):
         out = run(unet, guide, inputs, mode)
         optimizer.zero_grad()
         (out * gaussian("loss", out.shape)).sum().backward()
-        named = {"guide": guide, "unet": unet}
-        first = first or {
-            f"{part}.{name}": None if p.grad is None else p.grad.abs().max().item()
-            for part, model in named.items()
-            for name, p in model.named_parameters()
-        }
+        first = first or {name: p.grad if p.grad is None else p.grad.abs().max().item() for name, p in named.items()}
         optimizer.step()
     return first
 
@@ -269,16 +227,16 @@ def test_the_trainable_start_is_gentle():
 # --- saving, loading
 
 
-def saved_pair(folder, backbone, initialisation="published"):
+def saved_pair(folder, backbone):
     """What training leaves of a tiny pair, in a folder; the guide."""
-    guide = fill("guide", SemanticGuide.from_unet(backbone.unet, 2, initialisation))
+    guide = fill("guide", SemanticGuide.from_unet(backbone.unet, 2, "published"))
     folder.mkdir()
     guidance.save_guided(folder, backbone.unet, guide, {"mode": "all", "timesteps": 1000, "schedule": "rebuilt"})
     return guide
 
 
 @torch.no_grad()
-def test_saved_and_loaded_again(saved, tmp_path):  # noqa: F811
+def test_saved_and_loaded_again(saved, tmp_path):
     backbone = load_backbone(saved, "cpu")
     guide = saved_pair(tmp_path / "pair", backbone)
     model = guidance.load_guided(tmp_path / "pair", "cpu", base=saved)
@@ -296,7 +254,7 @@ def test_saved_and_loaded_again(saved, tmp_path):  # noqa: F811
     assert torch.allclose(predicted(half), expected, atol=0.2)
 
 
-def test_loading_never_guesses(saved, tmp_path):  # noqa: F811
+def test_loading_never_guesses(saved, tmp_path):
     from safetensors.torch import load_file, save_file
 
     backbone = load_backbone(saved, "cpu")
@@ -316,32 +274,30 @@ def test_loading_never_guesses(saved, tmp_path):  # noqa: F811
         save_file(weights, tmp_path / "other" / file)
 
 
-def test_errors():
+SHALLOW = {"down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("CrossAttnUpBlock2D",)}
+
+
+@pytest.mark.parametrize(
+    ("call", "named"),
+    [
+        (lambda u, g, z, x, rest: run(u, g, (z, *rest, x[:, :, :32])), "16x16, .* 8x16, after 2"),
+        (lambda u, g, z, x, rest: run(u, g, (z, *rest, x), "mid"), "'mid'"),
+        (lambda u, g, z, x, rest: run(u, g, (z[..., :4, :4], *rest, x[..., :16, :16])), "one pixel"),
+        (lambda u, *_: SemanticGuide.from_unet(u, 2, "zero"), "'zero'"),
+        (lambda *_: SemanticGuide.from_unet(sd_unet((32,), **SHALLOW)), "two levels"),
+        (
+            lambda *_: SemanticGuide.from_unet(SimpleNamespace(config=SimpleNamespace(layers_per_block=(1, 2)))),
+            "one number",
+        ),
+    ],
+)
+def test_errors(call, named):
     unet, guide, (z, t, text, images) = small(filled=False)
-    with pytest.raises(ModelError, match="16x16, .* 8x16, after 2"):
-        run(unet, guide, (z, t, text, images[:, :, :32]))
-    with pytest.raises(ModelError, match="'mid'"):
-        run(unet, guide, (z, t, text, images), "mid")
-    with pytest.raises(ModelError, match="'zero'"):
-        SemanticGuide.from_unet(unet, 2, "zero")
-    with pytest.raises(ModelError, match="one pixel"):
-        run(unet, guide, (z[..., :4, :4], t, text, images[..., :16, :16]))
-    shallow = {"down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("CrossAttnUpBlock2D",)}
-    with pytest.raises(ModelError, match="two levels"):
-        SemanticGuide.from_unet(UNet2DConditionModel(block_out_channels=(32,), **shallow))
-    with pytest.raises(ModelError, match="one number for all"):
-        SemanticGuide.from_unet(SimpleNamespace(config=SimpleNamespace(layers_per_block=(1, 2))))
+    with pytest.raises(ModelError, match=named):
+        call(unet, guide, z, images, (t, text))
 
 
 # --- as a backbone
-
-
-def tiny_guided(count=2, mode="only mid", prediction_type="epsilon"):
-    backbone = tiny_backbone(prediction_type)
-    guide = fill("guide", SemanticGuide.from_unet(backbone.unet, 2))
-    generator = torch.Generator().manual_seed(3)
-    images = torch.rand(count, 3, 32, 32, generator=generator)
-    return backbone, GuidedBackbone(backbone, guide, images, mode)
 
 
 @pytest.mark.parametrize("mode", guidance.MODES)
@@ -411,20 +367,6 @@ def test_ddim_runs_with_guidance():
 # --- the authors' network, at its width
 
 
-def full_size(build, part):
-    """A model of Stable Diffusion 1.5's size, filled by name, without the time that random weights take."""
-    with torch.device("meta"):
-        model = build()
-    return fill(part, model.to_empty(device="cpu")).eval().requires_grad_(False)
-
-
-def sd_vae(widths=(128, 256, 512, 512), **options):
-    """Stable Diffusion 1.5's autoencoder, of any width."""
-    blocks = {"down_block_types": ("DownEncoderBlock2D",) * len(widths)}
-    blocks["up_block_types"] = ("UpDecoderBlock2D",) * len(widths)
-    return AutoencoderKL(block_out_channels=widths, layers_per_block=2, sample_size=512, **blocks, **options)
-
-
 @pytest.fixture(scope="module")
 def full():
     """(unet, guide) at full width: 5.3 GB."""
@@ -439,46 +381,6 @@ def full_vae():
     return full_size(sd_vae, "vae")
 
 
-def arrays(name):
-    with np.load(shared_path(f"golden/vlmdiff/{name}.npz")) as file:
-        return {key: torch.from_numpy(file[key]) for key in file}
-
-
-def slice_error(stored, key, tensor):
-    """The largest difference at the 64 stored places of a large array."""
-    assert tuple(tensor.shape) == tuple(stored[f"{key}/shape"].tolist()), key
-    generator = np.random.Generator(np.random.PCG64(zlib.crc32(f"slice/{key}".encode())))
-    places = torch.from_numpy(generator.integers(0, tensor.numel(), 64))
-    return (tensor.flatten()[places] - stored[f"{key}/slice"]).abs().max().item()
-
-
-SHAPES = {"a": (1, 16, 16), "b": (2, 16, 16), "c": (1, 16, 24), "d": (1, 32, 32)}
-
-
-def network_errors(unet, guide, case):
-    """{quantity: largest difference to the authors' network} for one of the stored inputs."""
-    stored, (count, height, width) = arrays(f"network_{case}"), SHAPES[case]
-    z = gaussian(f"input/{case}/x", (count, 4, height, width))
-    text, t = gaussian(f"input/{case}/context", (count, 77, 768)), stored["timesteps"].long()
-    hint = guide.embed(gaussian(f"input/{case}/hint", (count, 3, 8 * height, 8 * width)))
-    before, _ = guide.encoder(z, t, text, hint, return_dict=False)
-    after, middle = guide(z, t, text, hint)
-    fused = range(9, 12)
-    errors = {
-        "controls 0-8, 12": max(slice_error(stored, f"{case}/out{k}", after[k]) for k in range(9)),
-        "before fusion": max(slice_error(stored, f"{case}/before_sff{k}", before[k]) for k in fused),
-        "controls 9-11": max(slice_error(stored, f"{case}/out{k}", after[k]) for k in fused),
-    }
-    errors["controls 0-8, 12"] = max(errors["controls 0-8, 12"], slice_error(stored, f"{case}/out12", middle))
-    if case in "ac":
-        whole = [after[k] - stored[f"full/out{k}"] for k in fused] + [middle - stored["full/out12"]]
-        errors["controls 9-12, whole"] = max(difference.abs().max().item() for difference in whole)
-    predictions = {"plain": unet(z, t, text).sample}
-    for mode, name in (("only mid", "mid"), ("all", "all")):
-        predictions[name] = guided_unet(unet, guide, z, t, text, hint, mode)
-    return errors | {f"eps {k}": (eps - stored[f"eps_{k}"]).abs().max().item() for k, eps in predictions.items()}
-
-
 @pytest.mark.full
 @pytest.mark.parametrize("case", SHAPES)
 @torch.no_grad()
@@ -489,43 +391,12 @@ def test_golden_network(full, case):
         assert error < limits.get(quantity, 2e-4), quantity
 
 
-def sampler_errors(unet, guide, vae, mode):
-    """The authors' test-time sampling with GuidedBackbone: largest differences of latents, of decoded images.
-
-    Ten DDIM steps and guidance 9, from a latent noised at 999 and taken for 901, down to level 0.
-    """
-    stored = arrays({"only mid": "e2e_only_mid", "all": "e2e_all"}[mode])
-    stub = SimpleNamespace(config=SimpleNamespace(hidden_size=768))
-    backbone = Backbone(vae, unet, stub, None, build_scheduler(), "filled")
-    image = gaussian("e2e/image", (1, 3, 128, 128), 0.5)
-    guided = GuidedBackbone(backbone, guide, image, mode)
-    texts = [gaussian(f"context/{prompt}", (1, 77, 768)) for prompt in ("a photo of a bottle", "")]
-    alphas, z = backbone.alphas_cumprod, stored["x_T"]
-    noised = ddim.add_noise(stored["z"], stored["noise"], alphas[999])
-    errors = [(noised - z).abs().max().item()]
-    for t, latent in zip(stored["t"].flatten().tolist(), stored["latents"], strict=True):
-        eps = guided.predict_noise(z, int(t), *texts, 9.0)
-        z = ddim.ddim_step(z, eps, alphas[int(t)], alphas[max(0, int(t) - 100)])
-        errors.append((z - latent).abs().max().item())
-    mean, _ = backbone.posterior(image / 2 + 0.5)
-    decoded = F.avg_pool2d(vae.decode(z / 0.18215).sample, 8)
-    pictures = max((mean - stored["posterior_mean"]).abs().max(), (decoded - stored["samples_16"]).abs().max())
-    return max(errors), pictures.item()
-
-
 @pytest.mark.full
 @pytest.mark.parametrize("mode", guidance.MODES)
 @torch.no_grad()
 def test_golden_sampling(full, full_vae, mode):
     latents, pictures = sampler_errors(*full, full_vae, mode)
     assert latents < 2e-3 and pictures < 1e-4
-
-
-def autoencoder_errors(vae, case, shape):
-    stored = arrays("vae")
-    posterior = vae.encode(gaussian(f"input/vae_{case}/image", shape, 0.5)).latent_dist
-    found = {"mean": posterior.mean, "logvar": posterior.logvar, "decode_mean": vae.decode(posterior.mean).sample}
-    return {key: (tensor - stored[f"{case}/{key}"]).abs().max().item() for key, tensor in found.items()}
 
 
 @pytest.mark.full
@@ -549,6 +420,6 @@ def test_the_compact_unet_is_the_one_the_recipes_train():
 
 def test_schedulers_agree():
     """The tests' tiny scheduler, the recipes' and the golden files' are one schedule."""
-    stored = arrays("schedule")["alphas_cumprod"]
+    stored = arrays("vlmdiff/schedule")["alphas_cumprod"]
     for scheduler in (tiny_scheduler(), build_scheduler()):
         assert (scheduler.alphas_cumprod - stored).abs().max() < 1e-6

@@ -4,6 +4,7 @@ import ast
 from pathlib import Path
 
 import pytest
+from helpers import imports
 
 from conftest import ROOT
 
@@ -22,19 +23,6 @@ NEVER = {
     "notebook": "cli",
 }
 PAIRS = [(room, other) for rooms, others in NEVER.items() for room in rooms.split() or [""] for other in others.split()]
-
-
-def imports(tree: ast.AST, package: list[str]) -> set[str]:
-    """Dotted names that a module of `package` (its names from the top) imports, inside functions too."""
-    names = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            outer = package[: len(package) - node.level + 1] if node.level else []
-            base = [*outer, *([node.module] if node.module else [])]
-            names |= {".".join([*base, alias.name]) for alias in node.names}
-    return names
 
 
 def modules(room: str) -> list[Path]:

@@ -7,9 +7,7 @@ from dataclasses import fields
 
 import pytest
 import torch
-from test_backbones import tiny_backbone
-from test_guidance import tiny_guided
-from test_pixel_models import tiny_pixel_model
+from tiny import tiny_backbone, tiny_guided, tiny_pixel_model
 
 from zsad_lib.anomaly.features import load_features
 from zsad_lib.data.image_sets import load_image_set

@@ -5,8 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from test_backbones import tiny_backbone, tiny_scheduler
-from test_guidance import tiny_guided
+from tiny import tiny_backbone, tiny_guided, tiny_scheduler
 
 from zsad_lib.anomaly import noise_errors, weighting
 from zsad_lib.anomaly.noise_errors import multi_timestep_errors
@@ -18,20 +17,31 @@ IDS = ["tile/a", "tile/b", "gauge/a"]
 SMALL = {"stages": 5, "per_stage": 2, "seeds": (0, 7)}
 
 
-def guided_case(count=3):
-    """(backbone, predict, latents, images) with guidance, of tiny networks."""
-    backbone, guided = tiny_guided(count)
+def measure(backbone, predict, latents, ids=IDS, **options):
+    return multi_timestep_errors(predict, latents, ids, backbone.alphas_cumprod, **SMALL | options)
+
+
+def chosen(predict, latents, rows, ids=IDS):
+    """The same for some of the images, in another order."""
+    rows = torch.tensor(rows)
+    return lambda z, t, k: predict(z, t, rows[k]), latents[rows], [ids[k] for k in rows]
+
+
+def guided_case():
+    """(backbone, predict, latents) with guidance, of tiny networks."""
+    backbone, guided = tiny_guided(3)
     with torch.no_grad():
-        latents, cond = backbone.encode(guided.images), backbone.embed([""] * count)
+        latents, cond = backbone.encode(guided.images), backbone.embed([""] * 3)
     return backbone, lambda z, t, rows: guided.predict_noise(z, t, cond[rows], rows=rows), latents
 
 
-def plain_case(count=3, **options):
-    backbone, _, latents = guided_case(count)
-    backbone = tiny_backbone(**options)
+def plain_case(guidance_scale=1.0):
+    _, _, latents = guided_case()
+    backbone = tiny_backbone()
     with torch.no_grad():
-        cond = backbone.embed(["a", "b", "c"][:count])
-    return backbone, lambda z, t, rows: backbone.predict_noise(z, t, cond[rows]), latents
+        cond, uncond = backbone.embed(["a", "b", "c"]), backbone.embed([""] * 3)
+    predict = lambda z, t, rows: backbone.predict_noise(z, t, cond[rows], uncond[rows], guidance_scale)  # noqa: E731
+    return backbone, predict, latents
 
 
 CASES = {"plain": plain_case, "guided": guided_case}
@@ -41,7 +51,7 @@ CASES = {"plain": plain_case, "guided": guided_case}
 def test_every_cell(case):
     """F and maps from one network call a cell, written out: noise, prediction, square, mean."""
     backbone, predict, latents = CASES[case]()
-    found = multi_timestep_errors(predict, latents, IDS, backbone.alphas_cumprod, **SMALL)
+    found = measure(backbone, predict, latents)
     assert found.timesteps.tolist() == [[1, 101], [201, 301], [401, 501], [601, 701], [801, 901]]
     assert found.errors.shape == (3, 5, 2, 2) and found.maps.shape == (3, 5, 2, 8, 8)
     for row, image in enumerate(IDS):
@@ -64,60 +74,32 @@ def test_every_cell(case):
 @pytest.mark.parametrize("case", CASES)
 def test_batches_change_nothing(case):
     """Any batch size, images alone or among others, in any order: the same numbers to 1e-5."""
-    backbone, predict, latents = CASES[case]()
-    whole = multi_timestep_errors(predict, latents, IDS, backbone.alphas_cumprod, batch_size=1000, **SMALL)
-    for batch_size in (1, 7, 20):
-        other = multi_timestep_errors(predict, latents, IDS, backbone.alphas_cumprod, batch_size=batch_size, **SMALL)
-        assert np.abs(other.errors - whole.errors).max() < 1e-5 and np.abs(other.maps - whole.maps).max() < 1e-5
-    order = torch.tensor([2, 0])
-    fewer = multi_timestep_errors(
-        lambda z, t, rows: predict(z, t, order[rows]),
-        latents[order],
-        [IDS[k] for k in order],
-        backbone.alphas_cumprod,
-        **SMALL,
-    )
-    assert np.abs(fewer.errors - whole.errors[order]).max() < 1e-5
-    assert np.abs(fewer.maps - whole.maps[order]).max() < 1e-5
+    backbone, *inputs = CASES[case]()
+    whole = measure(backbone, *inputs, batch_size=1000)
+    others = [(measure(backbone, *inputs, batch_size=size), [0, 1, 2]) for size in (1, 7, 20)]
+    for other, order in [*others, (measure(backbone, *chosen(*inputs, [2, 0])), [2, 0])]:
+        assert np.abs(other.errors - whole.errors[order]).max() < 1e-5
+        assert np.abs(other.maps - whole.maps[order]).max() < 1e-5
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_the_cost_is_what_is_stated(case):
-    backbone, predict, latents = CASES[case]()
+@pytest.mark.parametrize(("case", "scale"), [(plain_case, 1), (guided_case, 1), (plain_case, 3.5)])
+def test_the_cost_is_what_is_stated(case, scale):
+    """Twice with text guidance."""
+    backbone, predict, latents = case() if scale == 1 else case(scale)
     before, seen = backbone.evaluations, []
-    multi_timestep_errors(
-        predict, latents, IDS, backbone.alphas_cumprod, batch_size=16, callback=lambda *n: seen.append(n), **SMALL
-    )
-    assert backbone.evaluations - before == noise_errors.evaluations(3, 5, 2, 2) == 60
+    measure(backbone, predict, latents, batch_size=16, callback=lambda *n: seen.append(n))
+    stated = noise_errors.evaluations(3, 5, 2, 2, guidance_scale=scale)
+    assert backbone.evaluations - before == stated == (60 if scale == 1 else 120)
     assert seen == [(16, 60), (32, 60), (48, 60), (60, 60)]
-
-
-def test_the_cost_with_text_guidance():
-    backbone, _, latents = plain_case()
-    with torch.no_grad():
-        cond, uncond = backbone.embed(["a", "b", "c"]), backbone.embed([""] * 3)
-    before = backbone.evaluations
-    multi_timestep_errors(
-        lambda z, t, rows: backbone.predict_noise(z, t, cond[rows], uncond[rows], 3.5),
-        latents,
-        IDS,
-        backbone.alphas_cumprod,
-        **SMALL,
-    )
-    assert backbone.evaluations - before == noise_errors.evaluations(3, 5, 2, 2, guidance_scale=3.5) == 120
 
 
 def test_noise_is_drawn_anew_for_image_timestep_and_seed():
     """With a prediction of zero the errors are the noise's own squares: they all differ, and average to one."""
-    latents = torch.zeros(3, 4, 8, 8)
-    found = multi_timestep_errors(
-        lambda z, t, rows: torch.zeros_like(z), latents, IDS, tiny_scheduler().alphas_cumprod, **SMALL
-    )
+    zero = (tiny_scheduler(), lambda z, t, rows: torch.zeros_like(z), torch.zeros(3, 4, 8, 8))
+    found = measure(*zero)
     assert len(np.unique(found.errors)) == found.errors.size
     assert found.errors.mean() == pytest.approx(1, abs=0.02)
-    more = multi_timestep_errors(
-        lambda z, t, rows: torch.zeros_like(z), latents, IDS, tiny_scheduler().alphas_cumprod, 5, 2, (7, 0, 1)
-    )
+    more = measure(*zero, seeds=(7, 0, 1))
     assert np.array_equal(more.errors[..., 1::-1], found.errors)
 
 
@@ -138,26 +120,19 @@ def test_a_tensor_of_timesteps_is_a_timestep_each():
 
 
 def test_join():
-    backbone, predict, latents = plain_case()
-    whole = multi_timestep_errors(predict, latents, IDS, backbone.alphas_cumprod, **SMALL)
+    backbone, *inputs = plain_case()
+    whole = measure(backbone, *inputs)
 
-    def part(chosen, **options):
-        return multi_timestep_errors(
-            lambda z, t, rows: predict(z, t, torch.tensor(chosen)[rows]),
-            latents[chosen],
-            [IDS[k] for k in chosen],
-            backbone.alphas_cumprod,
-            **SMALL | options,
-        )
+    def part(rows, **options):
+        return measure(backbone, *chosen(*inputs, rows), **options)
 
     joined = noise_errors.join([part([0]), part([1, 2])])
     assert joined.ids.tolist() == IDS
     assert np.allclose(joined.errors, whole.errors, atol=1e-5) and np.allclose(joined.maps, whole.maps, atol=1e-5)
     assert noise_errors.join([part([0]), part([1], keep_maps=False)]).maps is None
-    with pytest.raises(MethodError, match="different timesteps"):
-        noise_errors.join([part([0]), part([1], first=2)])
-    with pytest.raises(MethodError, match="share images"):
-        noise_errors.join([part([0]), part([0, 1])])
+    for other, why in ((part([1], first=2), "different timesteps"), (part([0, 1]), "share images")):
+        with pytest.raises(MethodError, match=why):
+            noise_errors.join([part([0]), other])
 
 
 # --- timesteps and schedules
@@ -195,13 +170,11 @@ def test_more_timesteps_continued():
 @pytest.mark.parametrize("reading", EXTENSIONS)
 def test_measuring_with_more_timesteps(reading):
     """T = 1400 as DZAD prints: the backbone, v-prediction included, takes it from its scheduler."""
-    original, _, latents = plain_case(prediction_type="v_prediction")
+    original, (*_, latents) = tiny_backbone("v_prediction"), plain_case()
     backbone = replace(original, scheduler=extend_schedule(original.scheduler, 1400, reading))
     with torch.no_grad():
         cond = backbone.embed(["", "", ""])
-    found = multi_timestep_errors(
-        lambda z, t, rows: backbone.predict_noise(z, t, cond[rows]), latents, IDS, backbone.alphas_cumprod, **SMALL
-    )
+    found = measure(backbone, lambda z, t, rows: backbone.predict_noise(z, t, cond[rows]), latents)
     assert found.timesteps.max() == 1261 and len(found.alphas_cumprod) == 1400
     assert np.isfinite(found.errors).all()
     t = 1261

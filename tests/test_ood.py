@@ -1,9 +1,10 @@
 """zsad_lib.ood: the matrix holds the readings' own AUROCs, nothing is scored twice, the choice follows the numbers."""
 
+from functools import partial
+
 import numpy as np
 import pandas as pd
 import pytest
-from test_pixel_models import tiny_schedule, tiny_unet
 
 from zsad_lib.data.image_sets import load_image_set
 from zsad_lib.data.references import normal_images
@@ -21,17 +22,8 @@ SMALL = {"ins": ("synthad-a", "digits"), "outs": ("synthad", "synthad-b", "digit
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    from diffusers import DDPMPipeline
-
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    DDPMPipeline(tiny_unet(), tiny_schedule()).save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
-def collected(base, tmp_path_factory):
-    model, runs = load_pixel_model(base, "cpu"), tmp_path_factory.mktemp("runs")
+def collected(saved_pixel, tmp_path_factory):
+    model, runs = load_pixel_model(saved_pixel, "cpu"), tmp_path_factory.mktemp("runs")
     train = ood.collect(model, ["synthad-a", "digits"], "train", 12, runs)
     return train, ood.collect(model, ["synthad", "synthad-a", "synthad-b", "digits", "noise"], "test", 6, runs)
 
@@ -60,16 +52,12 @@ def test_no_set_stands_against_itself_or_its_own_part(collected):
     assert ("digits", "synthad") in pairs and ("digits", "digits") not in pairs
 
 
-def test_chosen_timesteps_are_all_that_is_left(collected):
+def test_chosen_timesteps_or_first_images_are_all_that_is_left(collected):
     features = collected[1]["noise"]
     part = ood.at_steps(features, [0, 4, 9])
     np.testing.assert_array_equal(part["denoising_ssim"], features["denoising_ssim"][:, [0, 4, 9]])
     np.testing.assert_array_equal(part["trajectory_score"], features["trajectory_score"][:, [0, 4]])
     assert part["noise_powers"].shape == (6, 3, 3) and part["ids"].tolist() == features["ids"].tolist()
-
-
-def test_first_images_are_all_that_is_left(collected):
-    features = collected[1]["noise"]
     part = ood.first_images(features, 4)
     assert part.keys() == features.keys()
     for key in part:
@@ -118,8 +106,8 @@ def test_parts_of_the_timesteps_are_read_alone(collected):
     assert not np.allclose(table.early, table["all"])
 
 
-def test_path_reading_is_diffpath(base, collected):
-    model, images = load_pixel_model(base, "cpu"), load_image_set("noise", "test", 6, size=16)
+def test_path_reading_is_diffpath(saved_pixel, collected):
+    model, images = load_pixel_model(saved_pixel, "cpu"), load_image_set("noise", "test", 6, size=16)
     method = diffpath.DiffPath(backbone=model).fit(normal_images("digits", 12))
     reading, (train, test) = ood.PathReading("1d"), collected
     scores = reading.scores(test["noise"], reading.fit(train["digits"]))
@@ -138,30 +126,27 @@ def test_left_out_readings_give_the_scores_of_a_kept_one(collected):
         np.testing.assert_allclose(one, other, rtol=1e-4)
 
 
-def test_authors_mixtures_need_enough_reference_images():
-    assert "DiffPath-6D" in ood.all_readings(112) and "DiffPath-6D" not in ood.all_readings(111)
-    assert {"DiffPath-1D", "DiffPath-6D (small mixtures)"} <= set(ood.all_readings(20))
-
-
-def test_readings_go_by_their_label():
+def test_readings_go_by_their_label_and_mixtures_need_enough_reference_images():
     assert list(ood.labelled([SUM, KDE]).values()) == [SUM, KDE]
-    some = ood.all_readings(20, density="kde")
+    every, some = ood.all_readings(20), ood.all_readings(20, density="kde")
     assert all(ood.label(reading) == title for title, reading in some.items())
     assert not [title for title in some if title.endswith("gmm")] and "DiffPath-1D" in some
-    assert some.keys() < ood.all_readings(20).keys()
+    assert some.keys() < every.keys() > {"DiffPath-1D", "DiffPath-6D (small mixtures)"}
+    assert "DiffPath-6D" in ood.all_readings(112) and "DiffPath-6D" not in ood.all_readings(111)
 
 
-def test_study_has_the_control_and_goes_on_from_kept_features(base, tmp_path, monkeypatch):
-    options = {"bases": [base], "readings": READINGS, "n_bootstrap": 0, "folder": tmp_path, "device": "cpu", **SMALL}
+def test_study_has_the_control_and_goes_on_from_kept_features(saved_pixel, tmp_path, monkeypatch):
+    study = partial(ood.study, readings=READINGS, n_bootstrap=0, folder=tmp_path, device="cpu")
+    options = {"bases": [str(saved_pixel)], **SMALL}
     monkeypatch.setenv("ZSAD_DATA", str(tmp_path / "nothing"))
-    first = ood.study(**options | {"outs": (*SMALL["outs"], "magnetic_tile")})
+    first = study(**options | {"outs": (*SMALL["outs"], "magnetic_tile")})
     assert list(first.base.unique()) == ["tiny", "tiny" + ood.CONTROL] and first.attrs["left_out"] == ["magnetic_tile"]
     by_base = ood.matrix(first, ood.label(KDE), cells=False)["mean"].unstack("in")
     assert not np.allclose(*by_base.to_numpy()), "the control has the weights of the model"
     monkeypatch.setattr(stein_ssim, "extract", lambda *_, **__: pytest.fail("scored again"))
-    pd.testing.assert_frame_equal(ood.study(**options), first)
+    pd.testing.assert_frame_equal(study(**options), first)
     with pytest.raises(DataError, match="no pair of different sets"):
-        ood.study(**options | {"ins": ["digits"], "outs": ["digits", "cifar10"]})
+        study(**options | {"ins": ["digits"], "outs": ["digits", "cifar10"]})
 
 
 def made_up(values):

@@ -10,7 +10,7 @@ from importlib import metadata
 import pytest
 import typer
 import yaml
-from test_house import imports
+from helpers import imports
 
 from conftest import ROOT
 from zsad_lib import cli

@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers import DDPMPipeline
 from helpers import save_image, write_tree
-from test_backbones import tiny_backbone
+from tiny import tiny_backbone
 
 from conftest import ROOT
 from zsad_lib.anomaly.features import load_features

@@ -1,8 +1,5 @@
+import contextlib
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -10,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from helpers import save_image, write_tree
+from helpers import forked, save_image, write_tree
 
 from zsad_lib.data.datasets import load_dataset
 from zsad_lib.data.images import load_masks
@@ -21,6 +18,7 @@ from zsad_lib.evaluation.tables import compare, evaluate_run
 from zsad_lib.methods import Scores, make_method
 
 SIZE = 12
+QUIET = {"progress": False}
 
 
 class Fake:
@@ -50,13 +48,24 @@ def tree(tmp_path):
     return load_dataset("mvtec_ad", write_tree(tmp_path / "tree"))
 
 
+@pytest.fixture
+def log(tmp_path):
+    return tmp_path / "log"
+
+
+@pytest.fixture
+def run(tree, tmp_path):
+    """Score the tree by a method, with other options of `score` if any, into tmp_path/runs."""
+    return lambda method, data=tree, out="runs", **options: score(data, method, tmp_path / out, **QUIET | options)
+
+
 def same(one, two):
     pd.testing.assert_frame_equal(one.frame, two.frame, check_exact=True)
     return np.array_equal(one.maps, two.maps) and np.array_equal(one.masks, two.masks)
 
 
-def test_results_hold_every_image_with_its_truth(tree, tmp_path):
-    results = score(tree, Fake(), tmp_path / "runs", batch_size=5, progress=False)
+def test_results_hold_every_image_with_its_truth(tree, run):
+    results = run(Fake(), batch_size=5)
     assert list(results.frame["id"]) == [sample.id for sample in tree.samples]
     assert list(results.frame["label"]) == [sample.label for sample in tree.samples]
     assert list(results.frame["category"].unique()) == ["box", "lid"]
@@ -68,8 +77,8 @@ def test_results_hold_every_image_with_its_truth(tree, tmp_path):
     assert np.array_equal(csv["pred_score"].astype(np.float32), results.frame["pred_score"])
 
 
-def test_run_json_says_what_was_run_and_not_where(tree, tmp_path):
-    results = score(tree, Fake(depth=2), tmp_path / "runs", progress=False)
+def test_run_json_says_what_was_run_and_not_where(run, tmp_path):
+    results = run(Fake(depth=2))
     text = (results.folder / "run.json").read_text()
     run = json.loads(text)
     assert (run["state"], run["method"], run["dataset"]) == ("finished", "fake", "mvtec_ad")
@@ -89,72 +98,52 @@ def test_a_moved_dataset_is_the_same_run_and_a_changed_one_is_not(tree, tmp_path
     assert run_folder(moved, Fake(), tmp_path) != here
 
 
-def test_a_finished_run_is_not_computed_again(tree, tmp_path):
-    log = tmp_path / "log"
-    one = score(tree, Fake(log), tmp_path / "runs", progress=False)
+def test_a_finished_run_is_not_computed_again(run, log):
+    one = run(Fake(log))
     calls = len(batches(log))
-    assert same(one, score(tree, Fake(log), tmp_path / "runs", progress=False))
-    assert len(batches(log)) == calls
+    assert same(one, run(Fake(log))) and len(batches(log)) == calls
 
 
-WORKER = """
-import sys
-sys.path.insert(0, {tests!r})
-from test_scoring import Fake, load_dataset, score
-score(load_dataset("mvtec_ad", {root!r}), Fake({log!r}, {stuck_in}), {out!r}, batch_size=4, progress=False)
-"""
+@contextlib.contextmanager
+def stuck_worker(tree, log, out, stuck_in):
+    """A process that scores the tree and never comes out of that batch, which it has begun; killed at the end."""
+    options = {"batch_size": 4, "progress": False}
+    process = forked(score, tree, Fake(log, stuck_in), out, **options)
+    try:
+        end = time.monotonic() + 60
+        while not log.exists() or len(batches(log)) < stuck_in:
+            assert process.is_alive() and time.monotonic() < end, "the worker did not get that far"
+            time.sleep(0.005)
+        yield process
+    finally:
+        process.kill()
+        process.join()
 
 
-def worker(tree, log, out, stuck_in):
-    """A process that scores the tree and never comes out of that batch."""
-    here = Path(__file__).parent
-    code = WORKER.format(tests=str(here), root=str(tree.root), log=str(log), out=str(out), stuck_in=stuck_in)
-    path = os.pathsep.join([str(here.parent), os.environ.get("PYTHONPATH", "")])
-    return subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": path})
-
-
-def wait_for(condition, process):
-    end = time.monotonic() + 60
-    while not condition():
-        assert process.poll() is None and time.monotonic() < end, "the worker did not get that far"
-        time.sleep(0.005)
-
-
-def test_killed_run_repeats_one_batch_at_most_and_ends_with_the_same_numbers(tree, tmp_path):
-    log, out = tmp_path / "log", tmp_path / "runs"
-    process = worker(tree, log, out, stuck_in=3)
-    wait_for(lambda: log.exists() and len(batches(log)) == 3, process)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    before = batches(log)
-    folder = run_folder(tree, Fake(), out)
+def test_killed_run_repeats_one_batch_at_most_and_ends_with_the_same_numbers(tree, run, log, tmp_path):
+    with stuck_worker(tree, log, tmp_path / "runs", stuck_in=3):
+        pass
+    before, folder = batches(log), run_folder(tree, Fake(), tmp_path / "runs")
     assert len(list(folder.glob("batch-*.npz"))) == 2
     with pytest.raises(RunError, match="not finished: 16 of 24"):
         load_results(folder)
 
-    resumed = score(tree, Fake(log), out, batch_size=4, progress=False)
+    resumed = run(Fake(log), batch_size=4)
     again = batches(log)[len(before) :]
     assert [ids for ids in again if ids in before] == [before[-1]]
     assert len(again) == 4
-    assert same(resumed, score(tree, Fake(), tmp_path / "other", batch_size=4, progress=False))
+    assert same(resumed, run(Fake(), out="other", batch_size=4))
 
 
-def test_second_process_is_told_who_is_at_work(tree, tmp_path):
-    log, out = tmp_path / "log", tmp_path / "runs"
-    process = worker(tree, log, out, stuck_in=1)
-    try:
-        wait_for(lambda: log.exists() and batches(log), process)
+def test_second_process_is_told_who_is_at_work(tree, run, log, tmp_path):
+    with stuck_worker(tree, log, tmp_path / "runs", stuck_in=1) as process:
         with pytest.raises(RunError, match=f"process {process.pid}"):
-            score(tree, Fake(), out, progress=False)
-    finally:
-        process.kill()
-        process.wait()
+            run(Fake())
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "foreign", "gone"])
-def test_damaged_batch_is_scored_again(tree, tmp_path, damage):
-    log = tmp_path / "log"
-    whole = score(tree, Fake(log), tmp_path / "runs", batch_size=6, progress=False)
+def test_damaged_batch_is_scored_again(run, log, damage):
+    whole = run(Fake(log), batch_size=6)
     path = sorted(whole.folder.glob("batch-*.npz"))[1]
     content = path.read_bytes()
     if damage == "gone":
@@ -169,12 +158,11 @@ def test_damaged_batch_is_scored_again(tree, tmp_path, damage):
     with pytest.raises(RunError, match="not finished" if damage == "gone" else "damaged"):
         load_results(whole.folder)
     calls = batches(log)
-    assert same(whole, score(tree, Fake(log), tmp_path / "runs", batch_size=6, progress=False))
+    assert same(whole, run(Fake(log), batch_size=6))
     assert batches(log)[len(calls) :] == [calls[1]]
 
 
-def test_another_batch_size_keeps_what_is_done(tree, tmp_path):
-    log = tmp_path / "log"
+def test_another_batch_size_keeps_what_is_done(tree, run, log, tmp_path):
 
     class Dies(Fake):
         def score(self, images, ids, categories):
@@ -183,28 +171,27 @@ def test_another_batch_size_keeps_what_is_done(tree, tmp_path):
             return super().score(images, ids, categories)
 
     with pytest.raises(KeyboardInterrupt):
-        score(tree, Dies(log), tmp_path / "runs", batch_size=5, progress=False)
+        run(Dies(log), batch_size=5)
     folder = run_folder(tree, Fake(), tmp_path / "runs")
     assert json.loads((folder / "run.json").read_text())["state"] == "interrupted"
-    resumed = score(tree, Fake(log), tmp_path / "runs", batch_size=7, progress=False)
+    resumed = run(Fake(log), batch_size=7)
     seen = [name for ids in batches(log) for name in ids]
     assert sorted(seen) == sorted(sample.id for sample in tree.samples), "an image was scored twice or never"
-    assert same(resumed, score(tree, Fake(), tmp_path / "other", batch_size=24, progress=False))
+    assert same(resumed, run(Fake(), out="other", batch_size=24))
 
 
-def test_left_over_half_written_file_is_removed(tree, tmp_path):
-    folder = run_folder(tree, Fake(), tmp_path)
-    folder.mkdir()
+def test_left_over_files_are_removed_and_folders_of_another_run_never_reused(tree, run, tmp_path):
+    folder = run_folder(tree, Fake(), tmp_path / "runs")
+    folder.mkdir(parents=True)
     (folder / ".writing-batch-000000.npz").write_bytes(b"half")
-    score(tree, Fake(), tmp_path, progress=False)
-    assert not list(folder.glob(".writing-*"))
-
-
-def test_folder_of_another_run_is_never_reused(tree, tmp_path):
-    folder = score(tree, Fake(), tmp_path, progress=False).folder
-    folder.rename(run_folder(tree, Fake(depth=1), tmp_path))
+    assert run(Fake()).folder == folder and not list(folder.glob(".writing-*"))
+    folder.rename(run_folder(tree, Fake(depth=1), tmp_path / "runs"))
     with pytest.raises(RunError, match="another run"):
-        score(tree, Fake(depth=1), tmp_path, progress=False)
+        run(Fake(depth=1))
+
+
+NAN = torch.zeros(4, SIZE, SIZE)
+NAN[1, 0, 0] = torch.nan
 
 
 class Broken(Fake):
@@ -219,31 +206,22 @@ class Broken(Fake):
         return Scores(*self.change(scores.image, scores.map))
 
 
-def with_nan(image, maps):
-    maps = maps.clone()
-    maps[1, 0, 0] = float("nan")
-    return image, maps
-
-
 @pytest.mark.parametrize(
     "change, message",
     [
-        (
-            lambda image, maps: (image[:-1], maps),
-            r"pred_score of shape \[3\] for a batch of 4.*box/test/good/000",
-        ),
+        (lambda image, maps: (image[:-1], maps), r"pred_score of shape \[3\] .*box/test/good/000"),
         (lambda image, maps: (image[:, None], maps), r"pred_score of shape \[4, 1\]"),
         (lambda image, maps: (image, maps[:, None]), r"map of shape \[4, 1, 12, 12\]"),
         (lambda image, maps: (image, maps[:, :5]), r"map of shape \[4, 5, 12\]"),
-        (with_nan, r"NaN or infinity in map for box/test/good/001$"),
+        (lambda image, maps: (image, maps + NAN), r"NaN or infinity in map for box/test/good/001$"),
         (lambda image, maps: (image / 0, maps), r"NaN or infinity in pred_score for box.* and 1 more|box"),
     ],
 )
-def test_broken_methods_are_named_with_their_images(tree, tmp_path, change, message):
+def test_broken_methods_are_named_with_their_images(run, tmp_path, change, message):
     with pytest.raises(RunError, match=message) as error:
-        score(tree, Broken(change), tmp_path, batch_size=4, progress=False)
+        run(Broken(change), batch_size=4)
     assert "broken" in str(error.value)
-    assert not list(tmp_path.glob("*/batch-*")), "a bad batch was kept"
+    assert not list(tmp_path.rglob("batch-*")), "a bad batch was kept"
 
 
 def test_nothing_to_score_and_bad_batch_size(tree, tmp_path):
@@ -255,16 +233,16 @@ def test_nothing_to_score_and_bad_batch_size(tree, tmp_path):
         load_results(tmp_path)
 
 
-def test_a_method_without_maps_has_image_metrics_only(tree, tmp_path):
-    results = score(tree, Broken(lambda image, maps: (image, None)), tmp_path, progress=False)
+def test_a_method_without_maps_has_image_metrics_only(run):
+    results = run(Broken(lambda image, maps: (image, None)))
     assert results.maps is None and results.masks is None
     frame = evaluate_run(results, n_bootstrap=0).set_index(["category", "metric"])
     assert frame.loc[("mean", "image_auroc"), "value"] == 1
     assert frame.loc[("mean", "pixel_auroc"), "reason"] != ""
 
 
-def test_evaluate_equals_metrics_on_the_arrays(tree, tmp_path):
-    results = score(tree, Fake(), tmp_path, progress=False)
+def test_evaluate_equals_metrics_on_the_arrays(tree, run):
+    results = run(Fake())
     frame = evaluate_run(results, n_bootstrap=20, seed=1)
     labels = [sample.label for sample in tree.samples]
     masks = load_masks(tree.samples, SIZE).numpy()
@@ -276,24 +254,17 @@ def test_evaluate_equals_metrics_on_the_arrays(tree, tmp_path):
     assert list(kinds) == ["box/spot", "lid/spot", "mean"]
 
 
-def test_images_without_labels_get_scores_but_no_metrics(tree, tmp_path):
-    plain = load_dataset("folder", tree.root / "box" / "test")
-    results = score(plain, Fake(), tmp_path, progress=False)
+def test_images_without_labels_get_scores_but_no_metrics(tree, run):
+    results = run(Fake(), load_dataset("folder", tree.root / "box" / "test"))
     assert len(pd.read_csv(results.folder / "scores.csv")) == 12
     assert results.maps is not None and results.masks is None
     with pytest.raises(RunError, match="no labels"):
         evaluate_run(results)
 
 
-def test_compare_puts_methods_side_by_side(tree, tmp_path):
-    class Blind(Fake):
-        name = "blind"
-
-        def score(self, images, ids, categories):
-            return Scores(torch.zeros(len(ids)), torch.zeros(len(ids), SIZE, SIZE))
-
-    runs = {"fake": score(tree, Fake(), tmp_path, progress=False)}
-    runs["blind"] = score(tree, Blind(), tmp_path, progress=False)
+def test_compare_puts_methods_side_by_side(run):
+    blind = Broken(lambda image, maps: (torch.zeros_like(image), torch.zeros_like(maps)))
+    runs = {"fake": run(Fake()), "blind": run(blind)}
     table = compare(runs, n_bootstrap=30)
     assert list(table.index) == ["fake", "blind"] and list(table.columns) == list(metrics.METRICS)
     assert table.loc["fake", "image_auroc"] == "100.0 [100.0, 100.0]"
@@ -304,21 +275,19 @@ def test_compare_puts_methods_side_by_side(tree, tmp_path):
     assert list(wide.loc["blind"].index) == ["box", "lid", "mean"]
 
 
-def test_compare_explains_what_is_undefined_and_refuses_different_images(tree, tmp_path):
-    runs = {"maps": score(tree, Fake(), tmp_path, progress=False)}
-    runs["none"] = score(tree, Broken(lambda image, maps: (image, None)), tmp_path, progress=False)
+def test_compare_explains_what_is_undefined_and_refuses_different_images(tree, run):
+    runs = {"maps": run(Fake()), "none": run(Broken(lambda image, maps: (image, None)))}
     table = compare(runs, n_bootstrap=0)
     assert table.loc["none", "aupro"] == "n/a" and table.loc["maps", "aupro"] != "n/a"
     assert len(table.attrs["notes"]) == 1 and "none" in table.attrs["notes"][0]
-    runs["part"] = score(tree.select(limit=2), Fake(), tmp_path, progress=False)
+    runs["part"] = run(Fake(), tree.select(limit=2))
     with pytest.raises(RunError, match="different images"):
         compare(runs, n_bootstrap=0)
 
 
-def test_numbers_of_real_methods_do_not_depend_on_the_batch(tree, tmp_path):
-    for name in ("local_contrast", "median", "patch_knn"):
-        method = make_method(name, size=16)
-        one = score(tree, method, tmp_path / "one", batch_size=1, progress=False)
-        many = score(tree, method, tmp_path / "many", batch_size=24, progress=False)
-        np.testing.assert_allclose(one.maps, many.maps, rtol=1e-5, atol=1e-6)
-        assert evaluate_run(one, n_bootstrap=0).query("metric == 'image_auroc'")["value"].notna().all()
+@pytest.mark.parametrize("name", ("local_contrast", "median", "patch_knn"))
+def test_numbers_of_real_methods_do_not_depend_on_the_batch(run, name):
+    method = make_method(name, size=16)
+    one, many = run(method, out="one", batch_size=1), run(method, out="many", batch_size=24)
+    np.testing.assert_allclose(one.maps, many.maps, rtol=1e-5, atol=1e-6)
+    assert evaluate_run(one, n_bootstrap=0).query("metric == 'image_auroc'")["value"].notna().all()

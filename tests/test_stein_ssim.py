@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from skimage.metrics import structural_similarity
-from test_pixel_models import tiny_pixel_model, tiny_unet
+from tiny import tiny_pixel_model, tiny_unet
 
 from zsad_lib.anomaly.ssim import ssim
 from zsad_lib.data.datasets import load_dataset

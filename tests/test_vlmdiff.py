@@ -5,8 +5,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from test_backbones import tiny_backbone
-from test_guidance import arrays, full_size, gaussian, sd_unet, sd_vae, slice_error, tiny_guided
+from compvis import full_size, gaussian, sd_unet, sd_vae, slice_error
+from helpers import arrays
+from tiny import tiny_backbone, tiny_guided
 
 from zsad_lib.anomaly import maps
 from zsad_lib.anomaly.features import load_features
@@ -79,7 +80,7 @@ def toy_texts(prompts):
 
 def toy_errors(monkeypatch, case, **options):
     """Largest differences to the authors' sampler, of the noised latent and after the steps."""
-    stored, path = arrays(f"ddim_{case}"), []
+    stored, path = arrays(f"vlmdiff/ddim_{case}"), []
     backbone = tiny_backbone()
     monkeypatch.setattr(backbone, "encode", lambda images, noise: stored["z"])
     monkeypatch.setattr(backbone, "embed", toy_texts)
@@ -113,7 +114,7 @@ def test_golden_sampler(monkeypatch, case, options):
 
 def test_golden_schedule():
     """The steps 901 … 1 and both ᾱ of each; the last step ends at ᾱ_0, not at 1."""
-    stored, alphas = arrays("schedule"), tiny_backbone().alphas_cumprod
+    stored, alphas = arrays("vlmdiff/schedule"), tiny_backbone().alphas_cumprod
     steps = ddim.denoising_steps(10, final=0)
     assert steps[0] == (901, 801) and steps[-1] == (1, 0)
     for key, levels in zip(("alphas", "alphas_prev"), zip(*steps, strict=True), strict=True):
@@ -127,7 +128,7 @@ def test_golden_schedule():
 @pytest.fixture(scope="module")
 def full_model():
     """A GuidedModel at full width: 5.7 GB."""
-    arrays("e2e_all")
+    arrays("vlmdiff/e2e_all")
     unet = full_size(sd_unet, "unet")
     guide = full_size(lambda: SemanticGuide.from_unet(sd_unet(), 3, **IMAGENET), "guide")
     stub = torch.nn.Module()  # in the text encoder's place
@@ -143,7 +144,7 @@ def full_errors(monkeypatch, model, mode):
     Autoencoder and hint get what theirs got: the stored input, as the normalised form of an image.
     """
     name = mode.replace(" ", "_")
-    stored, path, backbone = arrays(f"e2e_{name}"), [], model.backbone
+    stored, path, backbone = arrays(f"vlmdiff/e2e_{name}"), [], model.backbone
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in IMAGENET.values())
     images = gaussian("e2e/image", (1, 3, 128, 128), 0.5) * std + mean
     sampled = (stored["z"] / 0.18215 - stored["posterior_mean"]) / (stored["posterior_logvar"] / 2).exp()
