@@ -1,16 +1,15 @@
 """What every method shares: settings as dataclass fields, the record that follows from them, the form of a result."""
 
-import math
-import types
 from collections.abc import Iterable
 from dataclasses import MISSING, dataclass, field, fields
-from typing import Any, ClassVar, Literal, Protocol, Self, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, Protocol, Self
 
 import torch
 
 from zsad_lib.anomaly import maps
 from zsad_lib.diffusion.noise import to_host
 from zsad_lib.errors import MethodError
+from zsad_lib.settings import at_least, check_settings
 
 
 @dataclass
@@ -86,42 +85,6 @@ def plain(value: Any) -> Any:
     if hasattr(value, "config"):
         return value.config
     return list(value) if isinstance(value, tuple) else value
-
-
-def check_settings(settings: Any) -> None:
-    """Refuse values that the types of the fields do not allow; whole numbers become floats where those are meant."""
-    hints = get_type_hints(type(settings))
-    for f in (f for f in fields(settings) if f.init):
-        value, kind = getattr(settings, f.name), hints[f.name]
-        if kind is float and type(value) is int:
-            setattr(settings, f.name, float(value))
-        elif not _allowed(value, kind):
-            raise MethodError(f"{f.name} {value!r} is unknown or of another kind; use {_words(kind)}")
-
-
-def _allowed(value: Any, kind: Any) -> bool:
-    if get_origin(kind) in (Union, types.UnionType):
-        return any(_allowed(value, part) for part in get_args(kind))
-    if get_origin(kind) is Literal:
-        return isinstance(value, str) and value in get_args(kind)
-    if get_origin(kind) is tuple:
-        return isinstance(value, (tuple, list)) and all(_allowed(part, get_args(kind)[0]) for part in value)
-    if kind is float:
-        return type(value) in (int, float) and math.isfinite(value)
-    return type(value) is kind if kind in (int, bool, str, types.NoneType) else True
-
-
-def _words(kind: Any) -> str:
-    if get_origin(kind) in (Union, types.UnionType):
-        return " or ".join(_words(part) for part in get_args(kind))
-    return f"one of {list(get_args(kind))}" if get_origin(kind) is Literal else getattr(kind, "__name__", str(kind))
-
-
-def at_least(least: float, **values: float | None) -> None:
-    """MethodError for a value below `least`; None is left alone."""
-    for name, value in values.items():
-        if value is not None and value < least:
-            raise MethodError(f"{name} must be {least} or more, not {value}")
 
 
 def check_batch(images: torch.Tensor, ids: list[str], categories: list[str], channels: tuple[int, ...] = (3,)) -> None:

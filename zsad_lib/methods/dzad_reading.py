@@ -13,7 +13,7 @@ from sklearn.metrics import roc_curve
 
 from zsad_lib.anomaly import maps, noise_errors, weighting
 from zsad_lib.errors import MethodError
-from zsad_lib.methods.base import at_least, check_settings
+from zsad_lib.settings import at_least, check_settings
 
 Decision = Literal["class features", "weighted sum", "map maximum"]
 Map = Literal["two-branch", "features", "noise errors"]

@@ -22,8 +22,9 @@ from zsad_lib.diffusion import ddim
 from zsad_lib.diffusion.noise import image_noise, to_host
 from zsad_lib.diffusion.pixel import PixelModel
 from zsad_lib.errors import MethodError
-from zsad_lib.methods.base import Method, Scores, check_batch, check_settings
+from zsad_lib.methods.base import Method, Scores, check_batch
 from zsad_lib.methods.diffpath import ddim_timesteps, noise_path, path_powers
+from zsad_lib.settings import check_settings
 
 Error = Literal["denoising", "trajectory"]
 Scale = Literal["noise", "score"]

@@ -7,12 +7,12 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, get_args, get_origin, get_type_hints
 
 import torch
 
 from zsad_lib.diffusion.loading import pick_device
 from zsad_lib.errors import TrainingError
+from zsad_lib.settings import check_settings
 
 UNNAMED = ("root", "data", "train_on")  # options that are no part of a variant's name
 
@@ -22,6 +22,9 @@ class Recipe:
     """One kind of model to train; the fields are its options."""
 
     steps: int
+
+    def __post_init__(self) -> None:
+        check_settings(self, TrainingError)
 
     def check(self) -> None:
         """Refuse options that cannot work, before anything is read or drawn."""
@@ -43,12 +46,15 @@ def train(
 ) -> Path:
     """Train the checkpoint `name`, a key of `recipes`, and write it to `out` (default checkpoints/NAME); returns `out`.
 
-    An option that differs from the recipe's is part of the name ("lite-dzad-a--timesteps=1400"). The work folder
-    training/NAME-seedN holds the images, the losses and the last state; with `resume` a stopped run goes on from there.
+    The work folder training/NAME-seedN holds the images, the losses and the last state; with `resume` a stopped run
+    goes on from there.
     """
     if name not in recipes:
         raise TrainingError(f"unknown recipe {name!r}; there are: {', '.join(recipes)}")
-    recipe = _with_options(name, recipes[name], options | ({"steps": steps} if steps else {}))
+    unknown = sorted(set(options) - set(vars(recipes[name])))
+    if unknown:
+        raise TrainingError(f"{name} has no option {', '.join(unknown)}; it has: {', '.join(vars(recipes[name]))}")
+    recipe = replace(recipes[name], **options | ({"steps": steps} if steps else {}))
     recipe.check()
     device, label = pick_device(device), variant(name, recipes[name], options)
     out, work = Path(out or f"checkpoints/{label}"), Path("training") / f"{label}-seed{seed}"
@@ -67,22 +73,8 @@ def train(
     return out
 
 
-def _with_options(name: str, recipe: Recipe, options: dict) -> Recipe:
-    kinds = get_type_hints(type(recipe))
-    unknown = sorted(set(options) - set(kinds))
-    if unknown:
-        raise TrainingError(f"{name} has no option {', '.join(unknown)}; it has: {', '.join(kinds)}")
-    for key, value in options.items():
-        allowed = get_args(kinds[key]) if get_origin(kinds[key]) is Literal else ()
-        if allowed and value not in allowed:
-            raise TrainingError(f"{key} {value!r} is unknown; use one of {list(allowed)}")
-        if kinds[key] in (int, float) and type(value) not in (int, kinds[key]):
-            raise TrainingError(f"{key} {value!r} is no {kinds[key].__name__}")
-    return replace(recipe, **options)
-
-
 def variant(name: str, recipe: Recipe, options: dict) -> str:
-    """The name of what a recipe makes with these options: with --option=value for each that is not the recipe's own."""
+    """The name of what a recipe makes: with --option=value for each that is not its own ("--timesteps=1400")."""
     changed = {key: value for key, value in sorted(options.items()) if value != getattr(recipe, key)}
     if "train_on" in changed:
         name = f"{name}-{changed['train_on']}"
@@ -91,10 +83,7 @@ def variant(name: str, recipe: Recipe, options: dict) -> str:
 
 
 def share_files(out: Path, source: Path) -> None:
-    """Replace the weights in `out` that equal those of the model `source` beside it by links: stored once.
-
-    As in the hub's own cache, a linked folder loads like any other.
-    """
+    """Replace the weights in `out` equal to those of the model `source` beside it by links, as the hub's cache does."""
     for file in out.rglob("*.safetensors"):
         twin = source / file.relative_to(out)
         beside = source.resolve().parent == out.resolve().parent

@@ -1,0 +1,44 @@
+"""Settings as fields of a dataclass, checked once by the types that the fields are declared with."""
+
+import math
+import types
+from dataclasses import fields
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from zsad_lib.errors import MethodError, ZsadError
+
+
+def check_settings(settings: Any, error: type[ZsadError] = MethodError) -> None:
+    """Refuse values that the types of the fields do not allow; whole numbers become floats where those are meant."""
+    hints = get_type_hints(type(settings))
+    for f in (f for f in fields(settings) if f.init):
+        value, kind = getattr(settings, f.name), hints[f.name]
+        if kind is float and type(value) is int:
+            object.__setattr__(settings, f.name, float(value))  # of a frozen one, too
+        elif not _allowed(value, kind):
+            raise error(f"{f.name} {value!r} is unknown or of another kind; use {_words(kind)}")
+
+
+def _allowed(value: Any, kind: Any) -> bool:
+    if get_origin(kind) in (Union, types.UnionType):
+        return any(_allowed(value, part) for part in get_args(kind))
+    if get_origin(kind) is Literal:
+        return isinstance(value, str) and value in get_args(kind)
+    if get_origin(kind) is tuple:
+        return isinstance(value, (tuple, list)) and all(_allowed(part, get_args(kind)[0]) for part in value)
+    if kind is float:
+        return type(value) in (int, float) and math.isfinite(value)
+    return type(value) is kind if kind in (int, bool, str, types.NoneType) else True
+
+
+def _words(kind: Any) -> str:
+    if get_origin(kind) in (Union, types.UnionType):
+        return " or ".join(_words(part) for part in get_args(kind))
+    return f"one of {list(get_args(kind))}" if get_origin(kind) is Literal else getattr(kind, "__name__", str(kind))
+
+
+def at_least(least: float, **values: float | None) -> None:
+    """MethodError for a value below `least`; None is left alone."""
+    for name, value in values.items():
+        if value is not None and value < least:
+            raise MethodError(f"{name} must be {least} or more, not {value}")
