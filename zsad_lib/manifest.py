@@ -29,10 +29,8 @@ def load_manifest() -> dict[str, Any]:
     try:
         manifest = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise DataError(
-            f"no manifest at {path}: install from a checkout (pip install -e .), or set ZSAD_MANIFEST to the "
-            f"checkout's data_manifest.yaml"
-        ) from None
+        how = "install from a checkout (pip install -e .), or set ZSAD_MANIFEST to the checkout's data_manifest.yaml"
+        raise DataError(f"no manifest at {path}: {how}") from None
     except yaml.YAMLError as error:
         raise DataError(f"{path} is not valid YAML: {error}") from error
     for section in SECTIONS:
@@ -73,10 +71,7 @@ def local_path(entry: dict[str, Any]) -> Path | None:
 
 
 def folder_hash(path: Path | str) -> str:
-    """SHA-256 (hex) over a folder's files: relative names in sorted order, each with its content's SHA-256.
-
-    Hidden files and folders do not count: download tools leave such caches behind.
-    """
+    """SHA-256 (hex) over a folder's files: relative names in sorted order, each with its content's SHA-256."""
     digest = hashlib.sha256()
     for name, file in _files(path).items():
         digest.update(name.encode() + b"\0")
@@ -91,7 +86,7 @@ def folder_size(path: Path | str) -> int:
 
 
 def _files(path):
-    """{relative name: file}, sorted."""
+    """{relative name: file}, sorted; without hidden ones, which download tools leave behind."""
     folder = Path(path)
     if not folder.is_dir():
         raise DataError(f"no folder at {folder}")

@@ -62,9 +62,8 @@ def load_features(
 ) -> FeatureExtractor:
     """Read a vision model of transformers (ViT, DINOv2 or ResNet), or make features without one.
 
-    name_or_path: a folder, a checkpoint of data_manifest.yaml (with "dino_vits8" and "resnet50"), a hub id; "pixels",
-    the bare colours; "unet:MODEL", the decoder of that pipeline's U-Net; or several joined by "+", for the layers of
-    all. A ViT gives its last layer's patch tokens as a grid, CLS dropped.
+    name_or_path: a folder, a checkpoint of data_manifest.yaml, a hub id; "pixels", the bare colours; "unet:MODEL", the
+    decoder of that pipeline's U-Net; or several joined by "+". A ViT gives its last layer's patch tokens as a grid.
     """
     check_control(random_weights, (None, "all"))
     device, name = pick_device(device), str(name_or_path)
@@ -75,9 +74,8 @@ def load_features(
     if name.startswith("unet:"):
         model = load_backbone(name.removeprefix("unet:"), device, random_weights=random_weights and "unet")
         return _unet_features(model, size or model.image_size)
-    return _network_features(
-        locate(name, FEATURE_FILES, "transformers vision model"), device, size, layers, random_weights
-    )
+    where = locate(name, FEATURE_FILES, "transformers vision model")
+    return _network_features(where, device, size, layers, random_weights)
 
 
 def _pixels(images: Tensor) -> list[Tensor]:
@@ -86,7 +84,6 @@ def _pixels(images: Tensor) -> list[Tensor]:
 
 
 def _joined(parts: list[FeatureExtractor], device: torch.device) -> FeatureExtractor:
-    """One extractor that gives the layers of all `parts`."""
     configs = [part.config for part in parts]
     return FeatureExtractor(
         lambda images: [layer for part in parts for layer in part(images)],
@@ -99,10 +96,10 @@ def _joined(parts: list[FeatureExtractor], device: torch.device) -> FeatureExtra
 
 
 def _unet_features(backbone: Backbone, size: int, t: int = 101) -> FeatureExtractor:
-    """The outputs of all but the last block of the U-Net's decoder, for images noised to timestep t.
+    """The outputs of all but the last block of the U-Net's decoder, for images noised to t, without text.
 
-    With no text and the same noise for every image (Tang et al., "Emergent Correspondence from Image Diffusion", 2023:
-    DIFT, which averages several noises).
+    The noise is the same for all (DIFT averages several: Tang et al., "Emergent Correspondence from Image Diffusion",
+    2023).
     """
     noise = torch.randn(backbone.latent_shape, generator=torch.Generator().manual_seed(RANDOM_SEED))
 
@@ -138,13 +135,23 @@ def _network_features(
         layers = list(layers or range(max(1, stages - 2), stages + 1))
         if not all(1 <= layer <= stages for layer in layers):
             raise ModelError(f"{where.name} has stages 1 to {stages}, not {layers}")
-        forward = _resnet_stages(model, layers)
+
+        def forward(images: Tensor) -> list[Tensor]:
+            states = model(images, output_hidden_states=True).hidden_states  # [0] is the stem
+            return [states[layer] for layer in layers]
+
     else:
         if layers is not None:
             raise ModelError(f"{where.name} is a {kind!r} model: its last layer is used, `layers` is for ResNets")
         if size % model.config.patch_size:
             raise ModelError(f"{where.name}: input size {size} is no multiple of its patch {model.config.patch_size}")
-        forward = _patch_tokens(model, kind)
+        options = {"interpolate_pos_encoding": True} if kind == "vit" else {}  # DINOv2 always interpolates
+
+        def forward(images: Tensor) -> list[Tensor]:
+            grid = [side // model.config.patch_size for side in images.shape[-2:]]
+            tokens = model(images, **options).last_hidden_state[:, 1:]  # without CLS
+            return [tokens.transpose(1, 2).unflatten(2, grid)]
+
     name = where.name + CONTROL_NAMES[random_weights]
     config = {"name": name, "size": size, "layers": layers, "weights": fingerprint(model)}
     return FeatureExtractor(forward, where.name, size, mean, std, device, config, random_weights)
@@ -159,22 +166,3 @@ def _read_network(where: Location, random_weights: str | None) -> tuple[nn.Modul
     options = {"add_pooling_layer": False} if kind == "vit" else {}  # DINO's files have no pooler
     model = read_weights(where, None, AutoModel, True, dtype=torch.float32, trust_remote_code=False, **options)
     return (reinitialised(model, type(model), **options) if random_weights else model), kind
-
-
-def _resnet_stages(model: nn.Module, layers: Sequence[int]) -> Callable[[Tensor], list[Tensor]]:
-    def forward(images: Tensor) -> list[Tensor]:
-        states = model(images, output_hidden_states=True).hidden_states  # [0] is the stem
-        return [states[layer] for layer in layers]
-
-    return forward
-
-
-def _patch_tokens(model: nn.Module, kind: str) -> Callable[[Tensor], list[Tensor]]:
-    options = {"interpolate_pos_encoding": True} if kind == "vit" else {}  # DINOv2 always interpolates
-
-    def forward(images: Tensor) -> list[Tensor]:
-        grid = [side // model.config.patch_size for side in images.shape[-2:]]
-        tokens = model(images, **options).last_hidden_state[:, 1:]
-        return [tokens.transpose(1, 2).unflatten(2, grid)]
-
-    return forward

@@ -24,8 +24,6 @@ from zsad_lib.errors import DataError, ModelError
 from zsad_lib.store import append_line, file_name, locked, mend_lines, read_lines
 
 FILES = ("config.json", "generation_config.json", "preprocessor_config.json", "tokenizer_config.json")
-COMPACT = "vision-encoder-decoder"
-NEW_TOKENS = 100  # about 60 words of English, with some to spare
 
 # VLMDiff asks for the main object in detail, for COCO for the whole image, and, as an ablation, as a defect inspector;
 # the wording is this project's.
@@ -80,7 +78,7 @@ class PromptedCaptioner:
     processor: Any  # resizes and normalises; pads shorter inputs of a batch on the left
     name: str
     revision: str = "unknown"
-    new_tokens: int = NEW_TOKENS  # at most
+    new_tokens: int = 100  # at most: about 60 words of English, with some to spare
 
     prompted = True
     size = None  # every image at its own
@@ -119,30 +117,25 @@ def load_captioner(
 ) -> Captioner | PromptedCaptioner:
     """A captioner from a folder, a checkpoint of data_manifest.yaml, or the hub id of an image-text-to-text model.
 
-    revision: a branch, tag or commit of the hub; default the manifest's, else "main". On CUDA in the precision of its
-    files, elsewhere in float32. Code that comes with a model is never run.
+    revision: a branch, tag or commit of the hub; default the manifest's, else "main". Its own code is never run.
     """
     from transformers import PreTrainedConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as known
 
     where = locate(name_or_path, ("config.json",), "captioner")
     if where.local and revision:
         raise ModelError(f"{where.source} is a folder and has no revision {revision!r}: leave --revision out")
     where.revision = revision or where.revision
     config, _ = fetch(where, None, PreTrainedConfig.get_config_dict)
-    _require_captioner(where.name, config)
-    load = _load_compact if config["model_type"] == COMPACT else _load_prompted
-    return load(where, pick_device(device), _pin(where))
-
-
-def _require_captioner(name, config):
-    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as known
-
-    if config.get("model_type") not in known:
+    kind = config.get("model_type")
+    if kind not in known:
         own = "images: it brings its own Python code, and that is never run here" if "auto_map" in config else "images"
         raise ModelError(
-            f"{name} is a {config.get('model_type')!r} model, which transformers does not know as one that describes "
-            f"{own}. Take a model in transformers' own layout (of InternVL: the variants whose names end in -hf)"
+            f"{where.name} is a {kind!r} model, which transformers does not know as one that describes {own}. "
+            "Take a model in transformers' own layout (of InternVL: the variants whose names end in -hf)"
         )
+    load = _load_compact if kind == "vision-encoder-decoder" else _load_prompted
+    return load(where, pick_device(device), _pin(where))
 
 
 def _pin(where):
@@ -171,8 +164,8 @@ def _load_compact(where, device, revision):
 def _load_prompted(where, device, revision):
     from transformers import AutoModelForImageTextToText
 
-    dtype = "auto" if device.type == "cuda" else torch.float32
-    options = {"dtype": dtype, "trust_remote_code": False}
+    # in the precision of its files
+    options = {"dtype": "auto" if device.type == "cuda" else torch.float32, "trust_remote_code": False}
     model = read_weights(where, None, AutoModelForImageTextToText, heads=True, **options)
     processor = _read_processor(where, model.config.model_type)
     return PromptedCaptioner(model.to(device).eval().requires_grad_(False), processor, where.name, revision)
@@ -229,7 +222,20 @@ def caption_dataset(
         if overwrite:
             path.unlink(missing_ok=True)
         said = _described(path, stamp, dataset)
-        _fill(path, stamp, dataset, said, captioner, batch_size, progress)
+        known = {sample.image_path: said[sample.id] for sample in dataset.samples if sample.id in said}
+        todo = defaultdict(list)
+        for sample in dataset.samples:
+            if sample.id not in said:
+                todo[sample.image_path].append(sample.id)
+        images, counts = list(todo), {"total": len(dataset), "initial": len(said), "unit": "img"}
+        with open(path, "ab") as file, tqdm(desc=path.stem, disable=not progress, **counts) as bar:
+            for first in range(0, len(images), batch_size):
+                chunk = images[first : first + batch_size]
+                known |= _describe(captioner, [image for image in chunk if image not in known], stamp["prompt"])
+                for image, name in ((one, name) for one in chunk for name in todo[one]):
+                    said[name] = known[image]
+                    append_line(file, {"id": name, "caption": said[name], **stamp, "bytes": image.stat().st_size})
+                    bar.update()
     return {sample.id: said[sample.id] for sample in dataset.samples}
 
 
@@ -255,25 +261,6 @@ def captions_of_next_category(dataset: AnomalyDataset, said: dict[str, str]) -> 
     ids = {name: [sample.id for sample in dataset.samples if sample.category == name] for name in names}
     pairs = zip(names, [*names[1:], names[0]], strict=True)
     return {one: said[other] for name, following in pairs for one, other in zip(ids[name], cycle(ids[following]))}
-
-
-def _fill(path, stamp, dataset, said, captioner, batch_size, progress):
-    """Add what `said` lacks to it and to the file, whose lock the caller holds."""
-    known = {sample.image_path: said[sample.id] for sample in dataset.samples if sample.id in said}
-    todo = defaultdict(list)
-    for sample in dataset.samples:
-        if sample.id not in said:
-            todo[sample.image_path].append(sample.id)
-    images, counts = list(todo), {"total": len(dataset), "initial": len(said), "unit": "img"}
-    with open(path, "ab") as file, tqdm(desc=path.stem, disable=not progress, **counts) as bar:
-        for first in range(0, len(images), batch_size):
-            chunk = images[first : first + batch_size]
-            known |= _describe(captioner, [image for image in chunk if image not in known], stamp["prompt"])
-            for image in chunk:
-                for name in todo[image]:
-                    said[name] = known[image]
-                    append_line(file, {"id": name, "caption": said[name], **stamp, "bytes": image.stat().st_size})
-                    bar.update()
 
 
 def _describe(captioner, paths, prompt):

@@ -70,8 +70,8 @@ def load_dataset(
 ) -> AnomalyDataset:
     """A dataset of the manifest, a group of one ("synthad-A"), or "folder" for any folder of images without truth.
 
-    root: its folder, by default the dataset's name under `data_folder`; written first where it is not there and the
-    manifest has a generator. split: "test", "train", or None for both. categories, limit: `AnomalyDataset.select`.
+    root: its folder, by default the dataset's name under `data_folder`; written first where the manifest has a
+    generator. split: "test", "train", or None for both. categories, limit: `AnomalyDataset.select`.
     """
     known, groups = load_manifest()["datasets"] | {"folder": FOLDER}, dataset_groups()
     name, group = groups.get(name, (name, None))

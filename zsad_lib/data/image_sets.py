@@ -119,19 +119,16 @@ def _photographs(split, count, size):
     """Squares of PATCH pixels from the left half (train) or the right half (test) of scikit-image's photographs."""
     from skimage import data
 
-    pictures = {name: getattr(data, name)() for name in PHOTOGRAPHS}
-    places = [(name, *place) for name, p in pictures.items() for place in _corners(p.shape[:2], split)]
+    pictures, places = {name: getattr(data, name)() for name in PHOTOGRAPHS}, []
+    for name, picture in pictures.items():
+        height, width = picture.shape[:2]
+        start, end = (0, width // 2) if split == "train" else (width // 2, width)
+        tops, lefts = range(0, height - PATCH + 1, PATCH), range(start, end - PATCH + 1, PATCH)
+        places += product([name], tops, lefts)
     for name, top, left in _mixed(places, count):
         square = pictures[name][top : top + PATCH, left : left + PATCH]
         square = np.repeat(square[:, :, None], 3, axis=2) if square.ndim == 2 else square[:, :, :3]
         yield f"{name}/{top}-{left}", _fit(_from_bytes(square), size)
-
-
-def _corners(shape, split):
-    """Of the squares of one half of a picture, side by side."""
-    height, width = shape
-    start, end = (0, width // 2) if split == "train" else (width // 2, width)
-    return product(range(0, height - PATCH + 1, PATCH), range(start, end - PATCH + 1, PATCH))
 
 
 # --- folders

@@ -24,15 +24,15 @@ def read_image(path: Path | str, size: int | None = None) -> torch.Tensor:
     image = _open(path)
     pixels = _grey16(path, image) if image.mode in GREY16_MODES else _colour8(path, image)
     if size is not None:
-        pixels = np.stack([_resize_plane(plane, size) for plane in np.moveaxis(pixels, -1, 0)], axis=-1)
+        planes = [Image.fromarray(plane) for plane in np.moveaxis(pixels, -1, 0)]
+        pixels = np.stack([p.resize((size, size), Image.Resampling.BILINEAR) for p in planes], axis=-1).clip(0, 1)
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
 
 
 def read_mask(path: Path | str, size: int | None = None, threshold: int = 127) -> torch.Tensor:
-    """A mask file as bool [H,W] (or [size,size], nearest): where its grey value (0 to 255) is above `threshold`.
+    """A mask file as bool [H,W] (or [size,size], nearest): where its grey value in 0..255 is above `threshold`.
 
-    Masks are not always binary (the magnetic tiles have soft edges), so the threshold comes before the resize; 0 counts
-    every non-zero pixel. 16-bit masks are scaled to 0..255 first.
+    Masks are not always binary (the magnetic tiles have soft edges), so the threshold comes before the resize.
     """
     image = _open(path)
     grey = _grey16(path, image)[..., 0] * 255 if image.mode in GREY16_MODES else np.asarray(image.convert("L"))
@@ -101,8 +101,3 @@ def _colour8(path, image):
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return np.asarray(image.convert("RGB")).astype(np.float32) / 255
-
-
-def _resize_plane(plane, size):
-    resized = Image.fromarray(plane).resize((size, size), Image.Resampling.BILINEAR)
-    return np.asarray(resized).clip(0, 1)

@@ -33,18 +33,16 @@ def _read_mvtec(root):
         hint = f"it is one category, pass its parent {root.resolve().parent}" if one else "check the path"
         raise DataError(f"no category in {root}: expected folders such as {root}/bottle/test; {hint}")
     for category in categories:
-        samples = list(_read_mvtec_category(category))
+        truth = category / "ground_truth"
+        samples = [
+            _sample(path, category.name, split, folder.name, truth / folder.name / f"{path.stem}_mask.png")
+            for split in ("train", "test")
+            for folder in _folders(category / split)
+            for path in _image_files(folder)
+        ]
         if not samples:
             raise DataError(f"category {category} has no image in train or test: restore or remove it")
         yield from samples
-
-
-def _read_mvtec_category(category):
-    for split in ("train", "test"):
-        for folder in _folders(category / split):
-            for path in _image_files(folder):
-                mask = category / "ground_truth" / folder.name / f"{path.stem}_mask.png"
-                yield _sample(path, category.name, split, folder.name, mask)
 
 
 def _read_magnetic_tile(root):
@@ -79,9 +77,8 @@ def _read_folder(root):
 def _read_real_iad(root):
     """{cat}/{OK,NG}/.., and realiad_jsons/{cat}.json of {image_path, mask_path, anomaly_class}, the paths below {cat}.
 
-    Wang et al., CVPR 2024. The class "OK" becomes the defect "good", whatever the folder, because a view of a
-    defective part need not show the defect: ADer and VLMDiff read it so. The archive's realiad_jsons/realiad_jsons is
-    read as well, a category without its folder is left out.
+    Wang et al., CVPR 2024. The class "OK" becomes the defect "good", whatever the folder, as ADer and VLMDiff read it:
+    a view of a defective part need not show the defect. A category without its folder is left out.
     """
     lists = root / "realiad_jsons"
     lists = lists / lists.name if (lists / lists.name).is_dir() else lists
@@ -104,8 +101,8 @@ def _read_coco_ad(root):
     """train2017, val2017, meta_20_{i}.json of {img_path, mask_path, specie_name, anomaly}, val2017_mask_ad_20_{i}.
 
     What ADer's script writes (arXiv 2404.10760) and VLMDiff's loader reads: in split i = 0 to 3 the 20 kinds of objects
-    from number 20·i on are anomalous. Each split becomes a category, coco_0 to coco_3, so that the mean over categories
-    is the mean over splits; an image stands in all of them. A split without its meta file is left out.
+    from number 20·i on are anomalous. Each split becomes a category, coco_0 to coco_3: the mean over categories is the
+    mean over splits. A split without its meta file is left out.
     """
     sources = {f"coco_{i}": root / f"meta_20_{i}.json" for i in range(COCO_SPLITS)}
     sources = {category: source for category, source in sources.items() if source.is_file()}
@@ -181,13 +178,12 @@ def _sample(path, category, split, defect, mask):
 
 
 def _image_files(folder):
-    files = sorted(path for path in _visible(folder) if path.is_file())
-    return [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
+    return [path for path in _visible(folder) if path.is_file() and path.suffix.lower() in IMAGE_SUFFIXES]
 
 
 def _folders(folder):
-    return sorted(path for path in _visible(folder) if path.is_dir())
+    return [path for path in _visible(folder) if path.is_dir()]
 
 
 def _visible(folder):
-    return [path for path in folder.iterdir() if not path.name.startswith(".")] if folder.is_dir() else []
+    return sorted(path for path in folder.iterdir() if not path.name.startswith(".")) if folder.is_dir() else []

@@ -1,5 +1,6 @@
 """The images that methods are fitted on: labelled ones of an auxiliary set, normal ones of an image set."""
 
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -40,14 +41,12 @@ class NormalImages:
     def record(self) -> dict[str, Any]:
         if isinstance(self.images, str):
             return {"reference": {"name": self.images, "split": "train", "images": self.count}}
-        known, pixels = self.images, self.images.images.numpy().tobytes()
-        where = {"name": known.name, "split": known.split, "images": len(known), "pixels": store.digest(pixels)[:16]}
-        return {"reference": where}
+        known, pixels = self.images, store.digest(self.images.images.numpy().tobytes())[:16]
+        return {"reference": {"name": known.name, "split": known.split, "images": len(known), "pixels": pixels}}
 
     def batches(self, size: int, count: int = 64) -> Iterator[Batch]:
-        images = self.images
-        if isinstance(images, str):
-            images = load_image_set(images, "train", self.count, size)
+        named = isinstance(self.images, str)
+        images = load_image_set(self.images, "train", self.count, size) if named else self.images
         for k in range(0, len(images), count):
             ids = list(images.ids[k : k + count])
             yield images.images[k : k + count], ids, [0] * len(ids)
@@ -71,21 +70,20 @@ def labelled_samples(name: str, limit: int | None = None) -> list[Sample]:
 
 
 def reference_samples(name: str, limit: int | None = None) -> list[Sample]:
-    """The labelled images of an auxiliary set whose matrices are class features.
+    """The labelled images of an auxiliary set, at most `limit` of each category and defect.
 
-    At most `limit` of each category and defect, and in each category as many normal images as anomalous ones: the
-    nearest of many is nearer by number alone, and eq. 10 asks for no prior in favour of one class.
+    In each category as many normal ones as anomalous: the nearest of many is nearer by number alone, and eq. 10 asks
+    for no prior in favour of one class.
     """
-    kept, images = [], labelled_samples(name)
-    for category in dict.fromkeys(sample.category for sample in images):
-        normal = [s for s in images if s.category == category and s.label == 0]
-        anomalous = _taking_turns([s for s in images if s.category == category and s.label == 1], limit)
+    by_category = defaultdict(lambda: defaultdict(list))
+    for sample in labelled_samples(name):
+        by_category[sample.category][sample.defect].append(sample)
+    kept = []
+    for kinds in by_category.values():
+        normal = kinds.pop("good", [])
+        # the first of every defect, then the second, and so on
+        turns = zip_longest(*(samples[:limit] for samples in kinds.values()))
+        anomalous = [sample for turn in turns for sample in turn if sample is not None]
         count = min(len(normal), len(anomalous))
         kept += normal[:count] + anomalous[:count]
     return kept
-
-
-def _taking_turns(samples, limit):
-    """At most `limit` of each defect: the first of every one, then the second, and so on."""
-    kinds = [[s for s in samples if s.defect == defect][:limit] for defect in dict.fromkeys(s.defect for s in samples)]
-    return [sample for turn in zip_longest(*kinds) for sample in turn if sample is not None]

@@ -1,8 +1,7 @@
 """From checkpoints with CompVis (LDM) key names, as the DiAD family releases them, to diffusers and transformers.
 
 diffusers knows these names (`loaders.single_file_utils`), all but those of DiAD's feature fusion (`sgn.py`). It is
-given names alone, so that what a model lacks and what is left over are both known. No width matters: Stable Diffusion
-1.5 and small models convert alike.
+given names alone, so that what a model lacks and what is left over are both known.
 """
 
 import re
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 
 from zsad_lib import store
 from zsad_lib.diffusion.guidance import SETTINGS, SemanticGuide
-from zsad_lib.diffusion.latent import load_backbone
+from zsad_lib.diffusion.latent import load_backbone, save_pipeline
 from zsad_lib.errors import ModelError
 
 # the noise schedule, a table that newer transformers rebuild, and the ResNet-50 that a validation leaves behind
@@ -53,20 +52,13 @@ def convert_checkpoint(
     if hint not in HINTS:
         raise ModelError(f"hint {hint!r} is unknown; use one of {list(HINTS)}")
     check_new(out)
-    from diffusers import StableDiffusionPipeline  # slow to import
-
     state, model = read_checkpoint(checkpoint), load_backbone(base, "cpu", torch.float32)
     guide = SemanticGuide.from_unet(model.unet, model.scale_factor.bit_length() - 1, **HINTS[hint])
-    parts = {"unet": model.unet, "vae": model.vae, "text_encoder": model.text_encoder}
-    unplaced = load_ldm(state, guide=guide, **parts)
+    unplaced = load_ldm(state, guide=guide, unet=model.unet, vae=model.vae, text_encoder=model.text_encoder)
     if autoencoder:
         alone = {f"{PREFIXES['vae']}{key}": tensor for key, tensor in read_checkpoint(autoencoder).items()}
         unplaced += load_ldm(alone, vae=model.vae)
-    pipeline = StableDiffusionPipeline(
-        **{name: part.to(dtype) for name, part in parts.items()}, tokenizer=model.tokenizer, scheduler=model.scheduler,
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-    )  # fmt: skip
-    pipeline.save_pretrained(out)
+    save_pipeline(Path(out), model.vae, model.text_encoder, model.tokenizer, model.unet, model.scheduler, dtype)
     guide.to(dtype).save_pretrained(Path(out) / "guide")
     facts = {"mode": "only mid", "timesteps": len(model.alphas_cumprod), "schedule": "rebuilt",
              "converted_from": Path(checkpoint).name}  # fmt: skip
@@ -161,15 +153,6 @@ def _guide_names(keys: dict[str, Key], guide: SemanticGuide) -> dict[str, Key]:
     return names
 
 
-def _vae_names(keys: dict[str, Key], vae: nn.Module) -> dict[str, Key]:
-    return _renamed(convert_ldm_vae_checkpoint, keys, vae.config)
-
-
-def _text_names(keys: dict[str, Key], _: nn.Module) -> dict[str, Key]:
-    """With and without the prefix: it is there or not by transformers' version."""
-    return keys | {f"text_model.{key}": value for key, value in keys.items()}
-
-
 def _renamed(convert: Callable, keys: dict[str, Key], config: dict) -> dict[str, Key]:
     try:
         return convert(keys, config)
@@ -177,4 +160,10 @@ def _renamed(convert: Callable, keys: dict[str, Key], config: dict) -> dict[str,
         raise ModelError(f"the checkpoint lacks {error.args[0]}") from error
 
 
-NAMES = {"unet": unet_names, "guide": _guide_names, "vae": _vae_names, "text_encoder": _text_names}
+NAMES = {
+    "unet": unet_names,
+    "guide": _guide_names,
+    "vae": lambda keys, vae: _renamed(convert_ldm_vae_checkpoint, keys, vae.config),
+    # with and without the prefix: it is there or not by transformers' version
+    "text_encoder": lambda keys, _: keys | {f"text_model.{key}": value for key, value in keys.items()},
+}

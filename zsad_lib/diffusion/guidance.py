@@ -66,11 +66,11 @@ class FeatureFusion(nn.Module):
         sources, targets = skips[first - len(self.down) : first], skips[first:]
         if targets[0].shape[-2:].numel() == 1:
             raise ModelError("the deepest feature maps have one pixel, which no instance norm takes: larger images")
-        return [*skips[:first], *(self._fuse(target, sources, j) for j, target in enumerate(targets))]
-
-    def _fuse(self, target: Tensor, sources: list[Tensor], j: int) -> Tensor:
-        branches = (row[j](source) for row, source in zip(self.down, sources, strict=True))
-        return F.silu(target + sum(F.silu(F.instance_norm(branch, eps=NORM_EPS)) for branch in branches))
+        fused = []
+        for j, target in enumerate(targets):
+            branches = (row[j](source) for row, source in zip(self.down, sources, strict=True))
+            fused.append(F.silu(target + sum(F.silu(F.instance_norm(b, eps=NORM_EPS)) for b in branches)))
+        return [*skips[:first], *fused]
 
 
 class SemanticGuide(ModelMixin, ConfigMixin):
@@ -181,8 +181,7 @@ class GuidedModel:
 def save_guided(folder: str | Path, unet: Any, guide: SemanticGuide, facts: dict) -> None:
     """Write what `trainable_parameters` let train, and nothing else: folder/guide and folder/decoder.
 
-    facts: JSON-able, kept in folder/guided.json; "base" names the backbone whose frozen parts belong to it, "mode" how
-    it was trained.
+    facts: for folder/guided.json; "base" names the backbone whose frozen parts belong to it, "mode" how it was trained.
     """
     folder = Path(folder)
     guide.save_pretrained(folder / "guide")
@@ -199,11 +198,7 @@ def load_guided(
     base: str | Path | None = None,  # in place of the backbone that the settings name
     random_weights: str | None = None,  # as for `load_backbone`; the guide is then a new one, without influence
 ) -> GuidedModel:
-    """Read a trained pair, frozen, with the schedule that was trained with.
-
-    Beside guided.json and guide/ lies either what `save_guided` writes, decoder/ for the U-Net of the base, or a whole
-    StableDiffusionPipeline.
-    """
+    """Read a trained pair, frozen, with its schedule: of `save_guided`, or a guide in a StableDiffusionPipeline."""
     from transformers.utils import cached_file
 
     where = locate(name_or_path, (SETTINGS, "guide/config.json"), "semantic guidance")
@@ -216,16 +211,15 @@ def load_guided(
             guide = SemanticGuide.from_unet(backbone.unet, backbone.scale_factor.bit_length() - 1)
         return GuidedModel(backbone, guide.requires_grad_(False).eval(), facts["mode"], facts)
     if base:
-        _put_decoder(backbone, load_file(fetch(where, None, cached_file, DECODER)), where.name)
+        decoder = load_file(fetch(where, None, cached_file, DECODER))
+        expected = {key: t.shape for key, t in backbone.unet.state_dict().items() if key.startswith(TRAINED)}
+        if expected != {key: t.shape for key, t in decoder.items()}:
+            raise ModelError(
+                f"the decoder of {where.name} does not fit the U-Net of {backbone.name}: give the base it is for"
+            )
+        backbone.unet.load_state_dict(decoder, strict=False)
+        backbone.name = where.name
     return GuidedModel(backbone, _read_guide(where, backbone), facts["mode"], facts)
-
-
-def _put_decoder(backbone: Backbone, decoder: dict[str, Tensor], name: str) -> None:
-    expected = {key: t.shape for key, t in backbone.unet.state_dict().items() if key.startswith(TRAINED)}
-    if expected != {key: t.shape for key, t in decoder.items()}:
-        raise ModelError(f"the decoder of {name} does not fit the U-Net of {backbone.name}: give the base it is for")
-    backbone.unet.load_state_dict(decoder, strict=False)
-    backbone.name = name
 
 
 def load_guided_or_plain(
@@ -255,13 +249,9 @@ def guided_unet(
     if mode == "only mid":
         deepest = len(skips) - len(guide.fusion.down[0])
         skips = [torch.zeros_like(skip) if k < deepest else skip for k, skip in enumerate(skips)]
-    return unet(
-        z,
-        timesteps,
-        text,
-        down_block_additional_residuals=[skip.to(z.dtype) for skip in skips],
-        mid_block_additional_residual=middle.to(z.dtype),
-    ).sample
+    skips, middle = [skip.to(z.dtype) for skip in skips], middle.to(z.dtype)
+    residuals = {"down_block_additional_residuals": skips, "mid_block_additional_residual": middle}
+    return unet(z, timesteps, text, **residuals).sample
 
 
 def _check_mode(mode: str) -> None:
@@ -291,17 +281,16 @@ def gradient_norms(
 ) -> list[dict[str, float]]:
     """How large the gradients of the guide's parts are in the first training steps (eq. 8): a list of {part: norm}.
 
-    z [B,C,h,w]: latents noised to `timesteps` with `noise`; text [B,L,D]; images [B,3,H,W] in [0,1]. Parts: "fusion",
-    the convolutions of the fusion; "feeding" and "deepest", the zero convolutions of the skips that it reads and of
-    those that it changes; "middle". Both models are trained by it: give copies.
+    z [B,C,h,w]: latents noised to `timesteps` with `noise`; text [B,L,D]; images [B,3,H,W] in [0,1]. Both models are
+    trained by it: give copies.
     """
     optimizer = torch.optim.AdamW(trainable_parameters(unet, guide), lr=lr)
-    outputs, deepest = guide.encoder.controlnet_down_blocks, len(guide.fusion.down[0])
-    first = len(outputs) - deepest
+    outputs = guide.encoder.controlnet_down_blocks
+    first = len(outputs) - len(guide.fusion.down[0])
     parts = {
         "fusion": guide.fusion,
-        "feeding": outputs[first - len(guide.fusion.down) : first],
-        "deepest": outputs[first:],
+        "feeding": outputs[first - len(guide.fusion.down) : first],  # zero convolutions of the skips that it reads
+        "deepest": outputs[first:],  # and of those that it changes
         "middle": guide.encoder.controlnet_mid_block,
     }
     norms = []
@@ -317,10 +306,7 @@ def gradient_norms(
 
 @dataclass
 class GuidedBackbone:
-    """A backbone's noise prediction for known images: `Backbone.predict_noise` with what the guide sees in them.
-
-    backbone.evaluations counts as without the guide; each evaluation now runs the guide's encoder too.
-    """
+    """A backbone's noise prediction for known images: `Backbone.predict_noise` with what the guide sees in them."""
 
     backbone: Backbone
     guide: SemanticGuide

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from zsad_lib.diffusion.loading import (
     check_control,
@@ -193,14 +193,30 @@ def load_backbone(
     return Backbone(*parts, tokenizer, scheduler, where.name, device, dtype, control=random_weights)
 
 
-def extend_schedule(scheduler: Any, T: int, reading: str = "rebuilt") -> Any:
-    """The DDIMScheduler of a model, with T timesteps in place of its own number.
+def save_pipeline(
+    out: str | Path,
+    vae: nn.Module,
+    text_encoder: nn.Module,
+    tokenizer: Any,
+    unet: nn.Module,
+    scheduler: Any,
+    dtype: torch.dtype = torch.float16,
+) -> None:
+    """Write a StableDiffusionPipeline directory; the networks are converted in place."""
+    from diffusers import StableDiffusionPipeline  # at the top it would warn of torchvision, which nothing here uses
 
-    DZAD starts at T = 1400, though such models are trained with 1000 and the paper does not say how its schedule goes
-    on. Readings: "rebuilt", the schedule's formula from its first to its last β in T steps (what `timesteps: 1400` in
-    an LDM configuration does; every level moves); "continued", the schedule as it is, √β going on with its last slope
-    (the levels below 1000 stay). Fewer timesteps: a coarser schedule, or its beginning. Use it as
-    `dataclasses.replace(backbone, scheduler=...)`, for training and for testing alike.
+    StableDiffusionPipeline(
+        vae=vae.to(dtype), text_encoder=text_encoder.to(dtype), tokenizer=tokenizer, unet=unet.to(dtype),
+        scheduler=scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    ).save_pretrained(out)  # fmt: skip
+
+
+def extend_schedule(scheduler: Any, T: int, reading: str = "rebuilt") -> Any:
+    """The DDIMScheduler of a model, with T timesteps in place of its own number: DZAD starts at T = 1400.
+
+    The paper does not say how a schedule of 1000 goes on. Readings: "rebuilt", the schedule's formula from its first to
+    its last β in T steps (what `timesteps: 1400` in an LDM configuration does; every level moves); "continued", the
+    schedule as it is, √β going on with its last slope (the levels below 1000 stay).
     """
     if reading not in EXTENSIONS:
         raise ModelError(f"schedule reading {reading!r} is unknown; use one of {list(EXTENSIONS)}")

@@ -14,15 +14,11 @@ from zsad_lib.errors import ModelError
 def image_noise(ids: Iterable[str], purpose: str, seed: int, shape: Sequence[int]) -> Tensor:
     """Standard normal noise for each image, float32 [B,*shape] on the CPU.
 
-    Each image draws from its own generator, seeded by (purpose, seed, id): its noise, and so its score, does not depend
-    on the batch it came in, on the order, or on a resumed run.
+    Each image draws from its own generator, seeded by (purpose, seed, id), whatever batch, order or run it came in.
     """
-    return torch.stack([torch.randn(shape, generator=_generator(f"{purpose}|{seed}|{i}")) for i in ids])
-
-
-def _generator(text: str) -> torch.Generator:
-    seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
-    return torch.Generator().manual_seed(seed)
+    digests = [hashlib.sha256(f"{purpose}|{seed}|{i}".encode()).digest() for i in ids]
+    generators = [torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1) for digest in digests]
+    return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
 
 
 def to_host(tensor: Tensor) -> Tensor:

@@ -112,7 +112,9 @@ def load_pixel_model(
         raise ModelError(f"{where.name} has a {config.get('_class_name')}, which has no beta schedule; use a DDPM")
     unet = read_weights(where, unet_part, UNet2DModel, torch_dtype=torch.float32)
     if random_weights:
-        _reinitialise(unet)
+        with control_seed():  # torch's own initialisation, in place
+            for module in (module for module in unet.modules() if hasattr(module, "reset_parameters")):
+                module.reset_parameters()
     unet = unet.to(device).eval().requires_grad_(False)
     return PixelModel(unet, DDPMScheduler.from_config(config), where.name, device, control=random_weights)
 
@@ -140,11 +142,3 @@ def _check_folder(folder: Path, unet_part: str | None, scheduler_part: str | Non
             f"{folder} has the parts {', '.join(foreign)} besides unet and scheduler: its U-Net does not see pixels; "
             "use a DDPMPipeline"
         )
-
-
-def _reinitialise(unet: torch.nn.Module) -> None:
-    """Fresh weights in place, from torch's own initialisation."""
-    with control_seed():
-        for module in unet.modules():
-            if hasattr(module, "reset_parameters"):
-                module.reset_parameters()

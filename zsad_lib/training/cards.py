@@ -38,13 +38,10 @@ def write_card(out: Path, work: Path, library: str, what: str, limits: str, fact
         steps, seed = stage["plan"]
         losses = [round(float(part.mean()), 5) for part in np.array_split(stage["losses"], min(100, steps))]
         logs[path.stem] = {"steps": steps, "seed": seed, "seconds": stage["seconds"], "losses": losses}
-        rows[f"stage {path.stem}"] = (
-            f"{steps} steps, seed {seed}, {stage['seconds'] / 60:.0f} min, last loss {losses[-1]:.3f}"
-        )
-    rows["hardware"] = (
-        f"{platform.machine()} {'GPU' if torch.cuda.is_available() else 'CPU'}, {torch.get_num_threads()} threads, "
-        f"torch {torch.__version__}"
-    )
+        minutes = f"{stage['seconds'] / 60:.0f} min"
+        rows[f"stage {path.stem}"] = f"{steps} steps, seed {seed}, {minutes}, last loss {losses[-1]:.3f}"
+    machine = f"{platform.machine()} {'GPU' if torch.cuda.is_available() else 'CPU'}"
+    rows["hardware"] = f"{machine}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     rows["licence"] = "Apache-2.0"
     name = work.name.rpartition("-seed")[0]
     card = CARD.format(

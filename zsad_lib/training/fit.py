@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from diffusers import AutoencoderKL
 from torch.optim.swa_utils import AveragedModel
 from tqdm.auto import tqdm
 
 from zsad_lib import store
 from zsad_lib.errors import TrainingError
 
-BATCH = 16  # with few images in all, many small steps learn more than few large ones
 Loss = Callable[[torch.nn.Module, torch.Generator], torch.Tensor]  # of a model, on a batch that the generator picks
 
 # --- data -------------------------------------------------------------------------------------------------------
@@ -24,17 +24,14 @@ def to_tensor(images: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1.0
 
 
-def pick(generator: torch.Generator, count: int, batch: int = BATCH) -> torch.Tensor:
-    """`batch` random indices below `count`."""
+def pick(generator: torch.Generator, count: int, batch: int = 16) -> torch.Tensor:
+    """`batch` random indices below `count`; with few images, many small steps learn more than few large ones."""
     return torch.randint(0, count, (batch,), generator=generator)
 
 
 @torch.inference_mode()
-def encode_pool(vae, images: np.ndarray, folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and standard deviation [N,C,h,w] of the VAE's posterior of every image, kept in `folder` in half precision.
-
-    images: uint8 [N,H,W,3].
-    """
+def encode_pool(vae: AutoencoderKL, images: np.ndarray, folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation [N,C,h,w] of the VAE's posterior of images, uint8 [N,H,W,3]; kept in `folder`."""
     kept = folder / "latents.pt"
     if not kept.exists():
         means, stds = [], []
@@ -50,7 +47,7 @@ def encode_pool(vae, images: np.ndarray, folder: Path) -> tuple[torch.Tensor, to
 # --- losses -----------------------------------------------------------------------------------------------------
 
 
-def vae_loss(vae, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def vae_loss(vae: AutoencoderKL, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """L1 + squared error + edges + a light KL term, on random half-size crops (the network is convolutional)."""
     size = images.shape[-1] // 2
     top, left = (int(torch.randint(0, size + 1, (), generator=generator)) for _ in range(2))
@@ -62,7 +59,9 @@ def vae_loss(vae, images: torch.Tensor, generator: torch.Generator) -> torch.Ten
     return (y - x).abs().mean() + (y - x).square().mean() + 0.5 * edges + 1e-5 * posterior.kl().mean()
 
 
-def denoising_loss(predict, clean: torch.Tensor, alphas_cumprod: torch.Tensor, generator) -> torch.Tensor:
+def denoising_loss(
+    predict: Callable, clean: torch.Tensor, alphas_cumprod: torch.Tensor, generator: torch.Generator
+) -> torch.Tensor:
     """Mean squared error of `predict(noisy, timesteps)` against the noise, at random timesteps."""
     noise = torch.randn(clean.shape, generator=generator).to(clean.device)
     timesteps = torch.randint(0, len(alphas_cumprod), (len(clean),), generator=generator).to(clean.device)
@@ -71,7 +70,9 @@ def denoising_loss(predict, clean: torch.Tensor, alphas_cumprod: torch.Tensor, g
     return F.mse_loss(predict(noisy, timesteps).float(), noise)
 
 
-def latent_loss(pool: tuple[torch.Tensor, torch.Tensor], scale: float, alphas_cumprod: torch.Tensor, predictor) -> Loss:
+def latent_loss(
+    pool: tuple[torch.Tensor, torch.Tensor], scale: float, alphas_cumprod: torch.Tensor, predictor: Callable
+) -> Loss:
     """The denoising loss on latents drawn from `encode_pool`'s posteriors, times the VAE's scaling factor.
 
     predictor(model, chosen, generator) -> predict(noisy, timesteps), for the images `chosen` (indices [B]).
@@ -105,23 +106,26 @@ def fit(
     """Minimise `loss_of(model, generator)` by AdamW; returns the exponential moving average (EMA) of the weights.
 
     The state is kept in folder/stage.pt and picked up again; folder/stage.json holds every step's loss and the seconds
-    spent. The generator depends on (seed, step) alone, so that a resumed run repeats an uninterrupted one. bfloat16
-    autocast where the device multiplies in it.
+    spent. The generator depends on (seed, step) alone, so that a resumed run repeats an uninterrupted one.
     """
     device, plan, state_file = next(model.parameters()).device, [steps, seed], folder / f"{stage}.pt"
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=1e-2)
     # a short memory at first, or the average of a short run would still hold its random start
     ema = AveragedModel(model, avg_fn=lambda old, new, n: new.lerp(old, min(ema_decay, (1 + int(n)) / (10 + int(n)))))
-    schedule = _warm_up_and_cosine(optimizer, steps)
+    warm_up, schedulers = min(100, steps // 10 + 1), torch.optim.lr_scheduler
+    rise = schedulers.LinearLR(optimizer, 0.02, 1.0, warm_up)
+    fall = schedulers.CosineAnnealingLR(optimizer, max(1, steps - warm_up), learning_rate * 0.02)
+    schedule = schedulers.SequentialLR(optimizer, [rise, fall], [warm_up])
     parts = {"model": model, "ema": ema, "optimizer": optimizer, "schedule": schedule}
     start, losses, before = _resume(state_file, parts, plan, device)
+    multiplies = device.type == "cuda" or (device.type == "cpu" and torch.cpu._is_avx512_bf16_supported())  # bfloat16
     model.train()
     clock = time.perf_counter()
     bar = tqdm(range(start, steps), initial=start, total=steps, desc=stage, unit="step")
     for step in bar:
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
         torch.manual_seed(seed * 1_000_003 + step)
-        with torch.autocast(device.type, torch.bfloat16, enabled=_has_bfloat16(device)):
+        with torch.autocast(device.type, torch.bfloat16, enabled=multiplies):
             loss = loss_of(model, generator)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -141,20 +145,15 @@ def fit(
     return ema.module.eval()
 
 
-def fit_autoencoder(vae, images: np.ndarray, folder: Path, steps: int, seed: int, learning_rate: float):
+def fit_autoencoder(
+    vae: AutoencoderKL, images: np.ndarray, folder: Path, steps: int, seed: int, learning_rate: float
+) -> AutoencoderKL:
     """The stage "vae": `vae` trained on images, uint8 [N,H,W,3]."""
 
     def loss(model, generator):
         return vae_loss(model, to_tensor(images[pick(generator, len(images)).numpy()]).to(vae.device), generator)
 
     return fit("vae", vae, loss, folder, steps, learning_rate, seed, ema_decay=0.99)
-
-
-def _warm_up_and_cosine(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
-    warm_up, schedulers = min(100, steps // 10 + 1), torch.optim.lr_scheduler
-    rise = schedulers.LinearLR(optimizer, 0.02, 1.0, warm_up)
-    fall = schedulers.CosineAnnealingLR(optimizer, max(1, steps - warm_up), optimizer.defaults["lr"] * 0.02)
-    return schedulers.SequentialLR(optimizer, [rise, fall], [warm_up])
 
 
 def _resume(path: Path, parts: dict, plan: list[int], device: torch.device) -> tuple[int, list[float], float]:
@@ -175,7 +174,3 @@ def _resume(path: Path, parts: dict, plan: list[int], device: torch.device) -> t
 def _save(path: Path, state: dict) -> None:
     with store.writing(path) as temporary:
         torch.save(state, temporary)
-
-
-def _has_bfloat16(device: torch.device) -> bool:
-    return device.type == "cuda" or (device.type == "cpu" and torch.cpu._is_avx512_bf16_supported())

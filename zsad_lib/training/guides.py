@@ -18,7 +18,7 @@ from zsad_lib.data.captions import load_captioner, read_captions
 from zsad_lib.data.datasets import load_dataset
 from zsad_lib.data.images import load_images
 from zsad_lib.diffusion.guidance import SETTINGS, SemanticGuide, guided_unet, save_guided, trainable_parameters
-from zsad_lib.diffusion.latent import Backbone, extend_schedule, load_backbone
+from zsad_lib.diffusion.latent import Backbone, extend_schedule, load_backbone, save_pipeline
 from zsad_lib.errors import TrainingError
 from zsad_lib.training.cards import write_card
 from zsad_lib.training.fit import Loss, encode_pool, fit, fit_autoencoder, latent_loss, to_tensor
@@ -41,7 +41,9 @@ class GuidedUNet(torch.nn.Module):
         super().__init__()
         self.unet, self.guide, self.mode = unet, guide, mode
 
-    def forward(self, latents, timesteps, text, images):
+    def forward(
+        self, latents: torch.Tensor, timesteps: torch.Tensor, text: torch.Tensor, images: torch.Tensor
+    ) -> torch.Tensor:
         if self.guide is None:
             return self.unet(latents, timesteps, text).sample
         return guided_unet(self.unet, self.guide, latents, timesteps, text, self.guide.embed(images), self.mode)
@@ -67,10 +69,7 @@ class GuideRecipe(Recipe):
 
 @dataclass(frozen=True)
 class DZADRecipe(GuideRecipe):
-    """DZAD's semantic guidance, from normal images of an auxiliary set, without prompts.
-
-    Trained: the guide, and the U-Net's decoder and output.
-    """
+    """DZAD's semantic guidance, from normal images of an auxiliary set, without prompts."""
 
     timesteps: int = 1000  # of the training schedule
     schedule: Literal["rebuilt", "continued"] = "rebuilt"  # how it is extended to them: see latent.extend_schedule
@@ -82,9 +81,8 @@ class DZADRecipe(GuideRecipe):
         text = backbone.embed([""])
         loss = denoiser_loss(work, backbone, images, lambda chosen, _: text.expand(len(chosen), -1, -1), levels)
         model = fit_guide(self, backbone, loss, work, seed)
-        facts = {"base": self.base, "train_on": self.train_on, "mode": self.mode,
-                 "initialisation": self.initialisation, "timesteps": self.timesteps,
-                 "schedule": self.schedule}  # fmt: skip
+        recorded = ("base", "train_on", "mode", "initialisation", "timesteps", "schedule")
+        facts = {key: getattr(self, key) for key in recorded}
         save_guided(out, model.unet.half(), model.guide.half(), facts)
         write_card(
             out, work, "diffusers",
@@ -120,7 +118,9 @@ class VLMDiffRecipe(GuideRecipe):
         else:
             captions = captions_of_model(self.captioner, images.pixels, work, device)
         if self.vae_steps:
-            tune_autoencoder(backbone.vae, images.pixels, work, self.vae_steps, seed)
+            vae = fit_autoencoder(backbone.vae.requires_grad_(True), images.pixels, work, self.vae_steps, seed, 1e-4)
+            backbone.vae.load_state_dict(vae.state_dict())  # the scaling factor stays
+            backbone.vae.eval().requires_grad_(False)
         texts = embeddings_of(captions, backbone)
         loss = denoiser_loss(work, backbone, images, texts, backbone.alphas_cumprod)
         if self.widths:
@@ -182,20 +182,10 @@ def fit_guide(recipe: GuideRecipe, backbone: Backbone, loss: Loss, work: Path, s
     return fit("guide", model, loss, work, recipe.steps, recipe.learning_rate, seed)
 
 
-def save_pipeline(out: Path, vae, text_encoder, tokenizer, unet, scheduler) -> None:
-    """Write a StableDiffusionPipeline directory in half precision; the networks are halved in place."""
-    from diffusers import StableDiffusionPipeline  # at the top it would warn of torchvision, which nothing here uses
-
-    StableDiffusionPipeline(
-        vae=vae.half(), text_encoder=text_encoder.half(), tokenizer=tokenizer, unet=unet.half(), scheduler=scheduler,
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-    ).save_pretrained(out)  # fmt: skip
-
-
 # --- of VLMDiff alone -----------------------------------------------------------------------------------------------
 
 
-def captions_of_model(captioner: str, images: np.ndarray, work: Path, device) -> list[str]:
+def captions_of_model(captioner: str, images: np.ndarray, work: Path, device: torch.device) -> list[str]:
     """What a captioner says of every image, uint8 [N,H,W,3]; kept in `work`."""
     kept = work / "captions.json"
     if not kept.exists():
@@ -229,14 +219,9 @@ def embeddings_of(captions: list[str], backbone: Backbone) -> Texts:
     return texts
 
 
-def tune_autoencoder(vae, images: np.ndarray, work: Path, steps: int, seed: int) -> None:
-    """Stage 1: fine-tune the autoencoder in place; its scaling factor stays."""
-    tuned = fit_autoencoder(vae.requires_grad_(True), images, work, steps, seed, 1e-4)
-    vae.load_state_dict(tuned.state_dict())
-    vae.eval().requires_grad_(False)
-
-
-def train_unet(like, widths, loss: Loss, work: Path, steps: int, seed: int) -> UNet2DConditionModel:
+def train_unet(
+    like: UNet2DConditionModel, widths: tuple[int, ...], loss: Loss, work: Path, steps: int, seed: int
+) -> UNet2DConditionModel:
     """A new U-Net of these widths, in all else configured as `like`, trained without a guide; frozen."""
     torch.manual_seed(seed)
     unet = UNet2DConditionModel.from_config(like.config, block_out_channels=widths).to(like.device)
