@@ -1,7 +1,6 @@
 """Sets of small colour images by name, for telling one distribution from another.
 
-Each has a "train" and a "test" split that share no image (and no part of one), always the same ones, in a fixed mixed
-order: the first `count` images of a larger request are those of a smaller one.
+Each has a "train" and a "test" split that share no image (and no part of one), always the same ones in the same order.
 """
 
 import pkgutil

@@ -1,8 +1,7 @@
 """DDIM with eta = 0: the deterministic moves between noise levels that DIVAD is made of.
 
-A noise level is an index t into `alphas_cumprod` (the cumulative product of the schedule, written ᾱ_t in the papers); a
-latent at level t is √ᾱ_t·z0 + √(1 − ᾱ_t)·noise. Source of the step: Song et al., "Denoising Diffusion Implicit
-Models", eq. 12 with σ = 0. Source of the loops: DIVAD, arXiv 2601.08022, and its `ddim_inversion.py`.
+A noise level is an index t into `alphas_cumprod`, written ᾱ_t in the papers. Source of the step: Song et al.,
+"Denoising Diffusion Implicit Models", eq. 12 with σ = 0; of the loops: DIVAD, arXiv 2601.08022, `ddim_inversion.py`.
 """
 
 from collections.abc import Callable

@@ -1,10 +1,8 @@
 """The semantic-guided (SG) network of DZAD: a copy of a U-Net's encoder that looks at the image itself.
 
 DZAD (AAAI 2025), eq. 9 and Fig. 1, takes the network from DiAD (He et al., AAAI 2024), whose code VLMDiff shares; this
-one computes what that code computes (`sgn.py`), for any U-Net of the Stable Diffusion kind. It is shaped as a
-ControlNet: a copy of the U-Net's encoder and middle block with its own time embedding and attention, given the noisy
-latent plus the embedded image, whose results pass zero-initialised 1x1 convolutions into the U-Net's skips and middle.
-Its own part is the semantic feature fusion (SFF) of the deepest skips.
+one computes what that code computes (`sgn.py`), for any U-Net of the Stable Diffusion kind. It is a ControlNet, given
+the noisy latent plus the embedded image; its own part is the semantic feature fusion (SFF) of the deepest skips.
 
 Of a U-Net with L levels of n layers, skip 0 leaves the first convolution, and each level adds its n layers and then its
 downsampling: L·(n + 1) skips, n + 1 at every resolution (Stable Diffusion 1.5: twelve, 0 … 11).
@@ -76,9 +74,6 @@ class FeatureFusion(nn.Module):
 class SemanticGuide(ModelMixin, ConfigMixin):
     """The SG network beside one U-Net: `from_unet` makes it, `save_pretrained` writes it.
 
-    Images are embedded by a stack of 3x3 convolutions: 16, 16, 32↓, 32, 96↓, 96, 256↓ and a last one, zero-initialised,
-    to the U-Net's own channels; with fewer downsamplings it stops earlier.
-
     "published" never trains the fusion in "only mid" mode: it multiplies zeros with zeros, and both get exactly no
     gradient. "trainable" does, or "all" mode, where the shallow skips have a gradient of their own.
     """
@@ -105,7 +100,7 @@ class SemanticGuide(ModelMixin, ConfigMixin):
     ) -> "SemanticGuide":
         """A guide for a UNet2DConditionModel, its encoder a copy of the U-Net's, without influence until trained.
 
-        downsamplings: halvings from image to latent: 3 for Stable Diffusion, log2(backbone.scale_factor) for any.
+        downsamplings: halvings from image to latent, log2(backbone.scale_factor): 3 for Stable Diffusion.
         """
         if not isinstance(unet.config.layers_per_block, int):
             raise ModelError(f"a U-Net with {unet.config.layers_per_block} layers has no guide: one number for all")

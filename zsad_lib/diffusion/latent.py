@@ -1,7 +1,4 @@
-"""Latent diffusion of the Stable Diffusion kind: a U-Net, its autoencoder, its text encoder and a noise schedule.
-
-The compact checkpoints of this project lie in the same StableDiffusionPipeline layout, and are read by the same code.
-"""
+"""Latent diffusion of the Stable Diffusion kind: a U-Net, its autoencoder, its text encoder and a noise schedule."""
 
 import hashlib
 import warnings
@@ -11,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from zsad_lib.diffusion.loading import (
     check_control,
@@ -42,8 +39,7 @@ class Backbone(NoisePredictor):
     """A text-conditional latent diffusion model.
 
     Images are float32 RGB [B,3,H,W] in [0,1], H and W multiples of `scale_factor`; latents float32 [B,C,h,w], scaled by
-    the VAE's scaling factor. The VAE, cheap and easily overflown in half precision, and all arithmetic on latents stay
-    in float32.
+    the VAE's scaling factor. The VAE, easily overflown in half precision, stays in float32.
     """
 
     vae: Any
@@ -194,13 +190,7 @@ def load_backbone(
 
 
 def save_pipeline(
-    out: str | Path,
-    vae: nn.Module,
-    text_encoder: nn.Module,
-    tokenizer: Any,
-    unet: nn.Module,
-    scheduler: Any,
-    dtype: torch.dtype = torch.float16,
+    out: Path, vae: Any, text_encoder: Any, tokenizer: Any, unet: Any, scheduler: Any, dtype: torch.dtype = torch.half
 ) -> None:
     """Write a StableDiffusionPipeline directory; the networks are converted in place."""
     from diffusers import StableDiffusionPipeline  # at the top it would warn of torchvision, which nothing here uses

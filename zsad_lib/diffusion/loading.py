@@ -26,10 +26,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 
 def fingerprint(*modules: nn.Module, values: int = 64) -> str:
-    """16 hex digits that tell two sets of weights apart, on every device the same; a change of dtype changes them.
-
-    From the names, the shapes and `values` evenly spread numbers of each tensor.
-    """
+    """16 hex digits of weights, alike on every device: of names, shapes and `values` spread numbers of each tensor."""
     digest = hashlib.sha256()
     for module in modules:
         for name, tensor in sorted(module.state_dict().items()):
@@ -115,10 +112,7 @@ def fetch(where: Location, part: str | None, loader: Callable, *args, **kwargs) 
 
 
 def read_weights(where: Location, part: str | None, cls: Any, heads: bool = False, **kwargs) -> nn.Module:
-    """A model whose weights are all read from its files: the libraries would fill gaps with random numbers.
-
-    heads: the files may hold more than the model has (a classifier, a pooler).
-    """
+    """A model whose weights are all read from its files; with `heads` they may hold more (a classifier, a pooler)."""
     model, info = fetch(where, part, cls.from_pretrained, output_loading_info=True, **kwargs)
     wrong = {
         "missing": set(info["missing_keys"]),

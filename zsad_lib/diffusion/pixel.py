@@ -27,10 +27,9 @@ SCHEDULE_KEYS = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end
 
 @dataclass
 class PixelModel(NoisePredictor):
-    """An unconditional U-Net that predicts the noise of RGB images. All of it runs in float32.
+    """An unconditional U-Net that predicts the noise of RGB images, in float32.
 
-    Pixels are float32 [B,3,H,W] in [-1,1], images RGB or grey in [0,1]. A network with six output channels learned its
-    variances too: the first three are the noise.
+    Pixels are float32 [B,3,H,W] in [-1,1], images RGB or grey in [0,1]. Of six output channels three are the noise.
     """
 
     unet: Any  # UNet2DModel
