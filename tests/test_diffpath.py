@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from helpers import arrays
 from sklearn.neighbors import KernelDensity
 from tiny import tiny_pixel_model, tiny_unet
 
@@ -21,8 +22,7 @@ RUNS = {"celeba_config": 6, "no_clip": 3}  # channels that the model gives
 
 
 def golden(name):
-    with np.load(shared_path(f"golden/diffpath/{name}.npz")) as file:
-        return {key: file[key] for key in file}
+    return {key: tensor.numpy() for key, tensor in arrays(f"diffpath/{name}").items()}
 
 
 class Linear(torch.nn.Module):
@@ -75,11 +75,6 @@ def test_timesteps():
     assert ddim_timesteps(10, 1000) == meta["runs"]["no_clip"]["model_timesteps"]
     assert ddim_timesteps(30, 1000) == list(range(0, 1000, 34))  # the smallest stride that gives 30
     assert ddim_timesteps(1000, 1000) == list(range(1000))
-    with pytest.raises(MethodError, match="no whole stride takes 600 steps through 1000 timesteps; 500 would work"):
-        ddim_timesteps(600, 1000)
-    for steps in (1, 1001):
-        with pytest.raises(MethodError, match=rf"steps must be 2 to 1000 .*not {steps}"):
-            ddim_timesteps(steps, 1000)
 
 
 def test_a_clipped_path_is_consistent():
@@ -173,13 +168,17 @@ def test_mixture_is_chosen_by_held_out_likelihood():
     np.testing.assert_array_equal(atypicality(density, clouds), atypicality(again, clouds))
 
 
-def test_too_few_reference_images():
-    with pytest.raises(MethodError, match="111 reference images are too few for 100 components and 10 folds"):
-        fit_mixture(np.random.default_rng(0).normal(size=(111, 6)), (50, 100))
-    with pytest.raises(MethodError, match="3 reference images are too few"):
-        fit_mixture(np.zeros((3, 2)), (1,), folds=5)
-
-
-def test_features_that_are_no_numbers_are_named():
-    with pytest.raises(MethodError, match="the features of 1 of 3 images are NaN or infinite, first of number 1"):
-        fit_kernel(np.array([[0.0], [np.nan], [1.0]]))
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: fit_mixture(np.eye(111, 6), (50, 100)), "111 reference .* 100 components and 10 folds"),
+        (lambda: fit_mixture(np.zeros((3, 2)), (1,), folds=5), "3 reference images are too few"),
+        (lambda: fit_kernel(np.array([[0.0], [np.nan], [1.0]])), "1 of 3 images .* number 1"),
+        (lambda: ddim_timesteps(600, 1000), "600 steps through 1000 timesteps; 500 would work"),
+        (lambda: ddim_timesteps(1, 1000), "2 to 1000 .*not 1"),
+        (lambda: ddim_timesteps(1001, 1000), "2 to 1000 .*not 1001"),
+    ],
+)
+def test_errors(call, message):
+    with pytest.raises(MethodError, match=message):
+        call()

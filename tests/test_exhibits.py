@@ -29,12 +29,6 @@ def line_figure():
 # --- exhibits
 
 
-def test_gallery_without_a_folder_writes_nothing(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    plots.Gallery("x").table("t", pd.DataFrame({"a": [1]}), "Shown only.")
-    assert not list(tmp_path.iterdir())
-
-
 @pytest.mark.parametrize("name", ["Top left/../x", "No Good"])
 def test_exhibit_names_are_file_names(tmp_path, name):
     with pytest.raises(ValueError, match=name):
@@ -44,7 +38,10 @@ def test_exhibit_names_are_file_names(tmp_path, name):
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.stat().st_size]
 
 
-def test_an_svg_is_the_same_twice(tmp_path):
+def test_an_svg_is_the_same_twice_and_without_a_folder_nothing_is_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    plots.Gallery("x").table("t", pd.DataFrame({"a": [1]}), "Shown only.")
+    assert not list(tmp_path.iterdir())
     for folder in ("one", "two"):
         plots.Gallery("x", tmp_path / folder).figure("line", line_figure(), "A line.")
     one, two = ((tmp_path / folder / "figures/x_line.svg").read_bytes() for folder in ("one", "two"))

@@ -82,7 +82,7 @@ def test_synthad_groups_are_new_normal_drawings():
     assert [i.split("/")[2] for i in load_image_set("synthad", "test", 12).ids] == list(synthad.CATEGORIES)
 
 
-def test_folders_keep_their_own_splits(folders):
+def test_folders_keep_their_own_splits(folders, monkeypatch):
     train, test = (load_image_set("cifar10", split) for split in ("train", "test"))
     assert sorted(train.ids) == [f"cifar10/train/cat/{k:04}" for k in range(6)]
     assert len(test) == 6 and {i.split("/")[2] for i in test.ids} == {"cat", "dog"}
@@ -92,6 +92,9 @@ def test_folders_keep_their_own_splits(folders):
     assert torch.equal(named.images, train.images)
     tiles = load_image_set("magnetic_tile", "test", root=folders / "magnetic_tile")
     assert sorted(tiles.ids) == [f"magnetic_tile/test/free_{k}" for k in (1, 3, 5)], "flawless tiles alone"
+    assert available() == [*UNROOTED, "cifar10", "magnetic_tile"]
+    monkeypatch.setenv("ZSAD_DATA", str(folders / "nothing"))
+    assert available() == list(UNROOTED)
 
 
 def test_real_folders():
@@ -99,12 +102,6 @@ def test_real_folders():
     cifar = load_image_set("cifar10", "test", 20, root=shared_path("data/cifar10"))
     assert len({i.split("/")[2] for i in cifar.ids}) > 3, "the classes are mixed"
     assert tiles.images.std(1).max() < 1e-6 < cifar.images.std(1).max(), "the tiles are grey"
-
-
-def test_available(folders, tmp_path, monkeypatch):
-    assert available() == [*UNROOTED, "cifar10", "magnetic_tile"]
-    monkeypatch.setenv("ZSAD_DATA", str(tmp_path / "nothing"))
-    assert available() == list(UNROOTED)
 
 
 @pytest.mark.parametrize(

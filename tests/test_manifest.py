@@ -52,14 +52,14 @@ def small(tmp_path, monkeypatch):
 # --- the project's own
 
 
-def test_every_named_dataset_and_checkpoint_is_described():
+def test_every_named_dataset_and_checkpoint_is_described(monkeypatch):
+    monkeypatch.delenv("ZSAD_MANIFEST", raising=False)
+    assert manifest.manifest_path() == ROOT / "data_manifest.yaml"
     entries = load_manifest()
     assert set(DATASETS) <= set(entries["datasets"]) and set(CHECKPOINTS) <= set(entries["checkpoints"])
-    for section in manifest.SECTIONS:
-        for name, entry in entries[section].items():
-            assert not REQUIRED - set(entry), f"{section} {name}"
-            assert all(entry[key] for key in TEXTS), name
-            assert entry["sha256"] is None or re.fullmatch(r"[0-9a-f]{64}", entry["sha256"]), name
+    for name, entry in [*entries["datasets"].items(), *entries["checkpoints"].items()]:
+        assert not REQUIRED - set(entry) and all(entry[key] for key in TEXTS), name
+        assert entry["sha256"] is None or re.fullmatch(r"[0-9a-f]{64}", entry["sha256"]), name
 
 
 def test_readers_of_the_manifest_exist():
@@ -94,11 +94,6 @@ def test_shipped_checkpoints_are_those_of_the_manifest():
     for name, entry in present.items():
         assert verify(entry, manifest.local_path(entry)), f"not recorded: python -m zsad_lib.manifest {name}"
         assert entry["size_bytes"] == manifest.folder_size(manifest.local_path(entry)), name
-
-
-def test_the_manifest_lies_beside_the_package(monkeypatch):
-    monkeypatch.delenv("ZSAD_MANIFEST", raising=False)
-    assert manifest.manifest_path() == ROOT / "data_manifest.yaml"
 
 
 # --- any

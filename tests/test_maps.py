@@ -46,8 +46,26 @@ def test_smooth_edge_cases():
     batch = torch.rand(2, 8, 8)
     assert torch.equal(maps.smooth(batch, 0), batch)
     assert torch.allclose(maps.smooth(torch.full((1, 9, 9), 0.7), 3), torch.tensor(0.7))
-    with pytest.raises(ValueError, match="sigma must be 0 or more"):
-        maps.smooth(batch, -1)
+    for side, pool in ((57, 8), (56, 7)):
+        assert maps.image_score(torch.rand(1, side, 64), pool=pool).shape == (1,), "just enough room"
+
+
+ONE = [torch.ones(1, 3, 4, 4)]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: maps.smooth(torch.rand(2, 8, 8), -1), "sigma must be 0 or more"),
+        (lambda: maps.image_score(torch.rand(1, 56, 64)), "56 px is too small .* pool of 1 to 7"),
+        (lambda: maps.anomaly_map(ONE, ONE, 8, mode="max"), "mode 'max' is unknown"),
+        (lambda: maps.anomaly_map([], [], 8), "same layers"),
+        (lambda: maps.anomaly_map(ONE + ONE, ONE, 8), "same layers"),
+    ],
+)
+def test_errors(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
 
 
 def test_image_score_by_hand():
@@ -58,13 +76,6 @@ def test_image_score_by_hand():
         windows = np.lib.stride_tricks.sliding_window_view(expected, (3, 3), axis=(1, 2))
         expected = windows.mean(axis=(3, 4))
     assert np.allclose(maps.image_score(values, pool=3, repeats=4), expected.max(axis=(1, 2)), atol=1e-6)
-
-
-def test_image_score_needs_room():
-    assert maps.image_score(torch.rand(1, 57, 57)).shape == (1,)
-    with pytest.raises(ValueError, match="56 px is too small .* more than 56 px; give a pool of 1 to 7"):
-        maps.image_score(torch.rand(1, 56, 64))
-    assert maps.image_score(torch.rand(1, 56, 64), pool=7).shape == (1,)
 
 
 def test_anomaly_map_meaning():
@@ -84,12 +95,3 @@ def test_anomaly_map_meaning():
     mixed = [f, half[0].expand(2, -1, -1, -1)], [-f, half[1].expand(2, -1, -1, -1)]
     assert torch.allclose(maps.anomaly_map(*mixed, 8, mode="product"), torch.tensor(2.0), atol=1e-5)
     assert maps.anomaly_map([f], [g], (6, 9)).shape == (2, 6, 9)
-
-
-def test_anomaly_map_errors():
-    f = torch.randn(1, 3, 4, 4)
-    with pytest.raises(ValueError, match="mode 'max' is unknown"):
-        maps.anomaly_map([f], [f], 8, mode="max")
-    for x, y in (([], []), ([f, f], [f])):
-        with pytest.raises(ValueError, match="same layers"):
-            maps.anomaly_map(x, y, 8)

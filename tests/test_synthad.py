@@ -107,10 +107,18 @@ def test_export_is_mvtec_layout_with_captions_and_survives_being_called_twice(ex
     assert (exported / "attributes.jsonl").stat().st_mtime_ns == before
 
 
-def test_export_refuses_a_folder_of_something_else(tmp_path):
+@pytest.mark.parametrize(
+    ("call", "named"),
+    [
+        (lambda folder: synthad.draw("teapot", "0"), "teapot"),
+        (lambda folder: synthad.draw("gauge", "0", "bent"), "bent"),
+        (synthad.export, "photos"),  # a folder of something else
+    ],
+)
+def test_what_is_refused(tmp_path, call, named):
     (tmp_path / "photos").mkdir()
-    with pytest.raises(DataError, match="photos"):
-        synthad.export(tmp_path / "photos")
+    with pytest.raises(DataError, match=named):
+        call(tmp_path / "photos")
 
 
 def test_an_interrupted_export_leaves_no_benchmark(tmp_path, monkeypatch):
@@ -126,13 +134,6 @@ def test_an_interrupted_export_leaves_no_benchmark(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         synthad.export(tmp_path / "synthad")
     assert not (tmp_path / "synthad").exists()
-
-
-def test_unknown_names_are_refused():
-    with pytest.raises(DataError, match="teapot"):
-        synthad.draw("teapot", "0")
-    with pytest.raises(DataError, match="bent"):
-        synthad.draw("gauge", "0", "bent")
 
 
 @pytest.mark.parametrize("name", ["local_contrast", "median", "patch_knn"])
