@@ -33,8 +33,8 @@ def golden():
 
 def tiny_divad(**options):
     """DIVAD on 32 px images: the pools must fit."""
-    pools = {"sigma": 1, "pool": 2}
-    return DIVAD(backbone=tiny_backbone(), features=load_features("pixels", "cpu"), **pools | options)
+    defaults = {"backbone": tiny_backbone(), "sigma": 1, "pool": 2}
+    return DIVAD(features=load_features("pixels", "cpu"), **defaults | options)
 
 
 def test_golden_settings_file():
@@ -58,8 +58,7 @@ def test_golden_reconstruction(golden, monkeypatch, case, setting):
         return stored["posterior_noise"]
 
     monkeypatch.setattr(divad, "image_noise", stored_noise)
-    options = {"posterior": "sample", "sigma": 1.25, "pool": 2, **SETTINGS[setting]}
-    method = DIVAD(backbone=golden, features=load_features("pixels", "cpu"), **options)
+    method = tiny_divad(backbone=golden, posterior="sample", sigma=1.25, **SETTINGS[setting])
     images = stored["image"].permute(2, 0, 1)[None] / 255
     scores = method.score(images, ["an id"], [CATEGORIES[case]])
     assert drawn == [(["an id"], tuple(stored["posterior_noise"].shape[1:]))]
@@ -173,9 +172,7 @@ def test_a_defect_is_found_when_the_model_knows_normal_images():
     """The mismatched start pulls a coloured spot back to the grey the model knows; the map shows where."""
     images = 0.5 + 0.01 * torch.randn(2, 3, 32, 32)
     images[1, 0, 8:14, 20:26] += 0.3
-    method = DIVAD(
-        backbone=_PerfectDenoiser(), features=load_features("pixels", "cpu"), guidance_scale=1, sigma=1, pool=2
-    )
+    method = tiny_divad(backbone=_PerfectDenoiser(), guidance_scale=1)
     scores = method.score(images, ["good", "bad"], ["grey", "grey"])
     row, column = divmod(scores.map[1].argmax().item(), 32)
     assert scores.image[1] > 5 * scores.image[0]
