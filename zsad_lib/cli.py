@@ -2,15 +2,17 @@
 
 Every command imports what it needs when it runs, so `zsad --help` answers at once.
 """
+# ruff: noqa: B006 (typer copies a default that is a list)
 
 import json
 import pkgutil
 import sys
-from enum import StrEnum
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import typer
+from typer import Argument, Option
 
 from zsad_lib.errors import ZsadError
 
@@ -24,15 +26,15 @@ app = typer.Typer(
 data = typer.Typer(help="Datasets: generate, list, check.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(data, name="data")
 
-Format = StrEnum("Format", ["table", "csv", "markdown", "latex"])
-Variant = StrEnum("Variant", ["exact", "official"])
-PromptType = StrEnum("PromptType", ["objects", "scenes", "inspector"])
-Split = StrEnum("Split", ["test", "train", "both"])
-RandomWeights = StrEnum("RandomWeights", ["unet", "all", "features"])
-
-Profile = Annotated[str, typer.Option(help="Names and sizes: lite (offline, CPU) or paper (SD, GPU).")]
-Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
-Runs = Annotated[Path, typer.Option(help="Folder of the run folders.")]
+# options that several commands have
+Profile = Annotated[str, Option(help="Names and sizes: lite (offline, CPU) or paper (SD, GPU).")]
+Device = Annotated[str, Option(help="auto, cpu or cuda.")]
+Runs = Annotated[Path, Option(help="Folder of the run folders.")]
+Root = Annotated[Path | None, Option(help="Its folder (default: data/NAME).")]
+Categories = Annotated[list[str], Option(help="Only this one; repeatable.")]
+Limit = Annotated[int | None, Option(help="At most so many of each category and defect.")]
+Settings = Annotated[list[str], Option("--set", help="Option of the method or recipe, e.g. --set sigma=2; repeatable.")]
+Bootstrap = Annotated[int, Option(help="Resamples behind an interval; 0 for none.")]
 
 
 def main() -> None:
@@ -49,8 +51,8 @@ def main() -> None:
 
 @data.command("make")
 def data_make(
-    name: Annotated[str, typer.Argument(help="synthad, the one dataset that is generated.")] = "synthad",
-    out: Annotated[Path, typer.Option(help="Where to.")] = Path("data/synthad"),
+    name: Annotated[str, Argument(help="synthad, the one dataset that is generated.")] = "synthad",
+    out: Annotated[Path, Option(help="Where to.")] = Path("data/synthad"),
 ) -> None:
     """Generate the procedural dataset; what is there already is kept."""
     from zsad_lib.manifest import dataset_entry
@@ -76,8 +78,8 @@ def data_list() -> None:
 
 @data.command("check")
 def data_check(
-    name: Annotated[str, typer.Argument(help="A dataset of `zsad data list`, or folder.")],
-    root: Annotated[Path | None, typer.Option(help="Its folder (default: data/NAME).")] = None,
+    name: Annotated[str, Argument(help="A dataset of `zsad data list`, or folder.")],
+    root: Root = None,
 ) -> None:
     """Read every image and mask; name the bad ones and exit with code 1 when there are any."""
     from tqdm.auto import tqdm
@@ -106,25 +108,22 @@ def data_check(
 
 @app.command()
 def train(
-    name: Annotated[str, typer.Argument(help="Which model.")],
-    out: Annotated[Path | None, typer.Option(help="Where the checkpoint goes.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Training steps (default: the model's own).")] = None,
-    data: Annotated[Path | None, typer.Option(help="A folder of images, for a model that trains on one.")] = None,
+    name: Annotated[str, Argument(help="Which model.")],
+    out: Annotated[Path | None, Option(help="Where the checkpoint goes.")] = None,
+    steps: Annotated[int | None, Option(help="Training steps (default: the model's own).")] = None,
+    data: Annotated[Path | None, Option(help="A folder of images, for a model that trains on one.")] = None,
     train_on: Annotated[
-        str | None, typer.Option(help="For dzad and vlmdiff: synthad, synthad-A, synthad-B, or a dataset's name.")
+        str | None, Option(help="For dzad and vlmdiff: synthad, synthad-A, synthad-B, or a dataset's name.")
     ] = None,
-    options: Annotated[
-        list[str], typer.Option("--set", help="Option of the recipe, e.g. --set timesteps=1400; repeatable.")
-    ] = [],  # noqa: B006
+    options: Settings = [],
     seed: int = 0,
     device: Device = "auto",
-    resume: Annotated[bool, typer.Option(help="Go on from the last saved state.")] = True,
+    resume: Annotated[bool, Option(help="Go on from the last saved state.")] = True,
 ) -> None:
     """Train one of the compact models of the lite profile, or semantic guidance (dzad, vlmdiff) on any dataset."""
     from zsad_lib.manifest import load_manifest
 
-    named = {"out": out, "steps": steps, "data": data, "train_on": train_on}
-    given = {key: value for key, value in named.items() if value is not None} | _parse_pairs(options)
+    given = _given(out=out, steps=steps, data=data, train_on=train_on) | _parse_pairs(options)
     recipes = pkgutil.resolve_name(load_manifest()["recipes"])
     path = recipes(name, seed=seed, device=device, resume=resume, **given)
     typer.echo(f"{name} is in {path}")
@@ -132,14 +131,14 @@ def train(
 
 @app.command()
 def convert(
-    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint file of VLMDiff, DiAD or DiffPath.")],
-    out: Annotated[Path, typer.Option(help="The new folder.")],
+    checkpoint: Annotated[Path, Argument(help="A checkpoint file of VLMDiff, DiAD or DiffPath.")],
+    out: Annotated[Path, Option(help="The new folder.")],
     preset: Annotated[
-        str | None, typer.Option(help="Of a pixel model with improved-diffusion's names, such as diffpath-celeba32.")
+        str | None, Option(help="For a pixel model of improved-diffusion, e.g. diffpath-celeba32.")
     ] = None,
-    base: Annotated[str, typer.Option(help="The pipeline it was built on.")] = "stable-diffusion-1.5",
-    autoencoder: Annotated[Path | None, typer.Option(help="A file of the fine-tuned autoencoder alone.")] = None,
-    hint: Annotated[str, typer.Option(help="How the guide's images were scaled: imagenet or symmetric.")] = "imagenet",
+    base: Annotated[str, Option(help="The pipeline it was built on.")] = "stable-diffusion-1.5",
+    autoencoder: Annotated[Path | None, Option(help="A file of the fine-tuned autoencoder alone.")] = None,
+    hint: Annotated[str, Option(help="How the guide's images were scaled: imagenet or symmetric.")] = "imagenet",
 ) -> None:
     """Bring the authors' checkpoint into the diffusers layout, safetensors; names what found no place."""
     from zsad_lib.diffusion.convert import convert_checkpoint
@@ -157,7 +156,7 @@ def convert(
 
 @app.command()
 def measure(
-    docs: Annotated[Path, typer.Option(help="Where the page and its pictures go.")] = Path("docs"),
+    docs: Annotated[Path, Option(help="Where the page and its pictures go.")] = Path("docs"),
     out: Runs = Path("runs"),
 ) -> None:
     """Measure the compact checkpoints: docs/lite_models.md and the numbers in their model cards."""
@@ -168,28 +167,22 @@ def measure(
 
 @app.command()
 def score(
-    method: Annotated[str, typer.Option(help="A method by name, or all.")] = "divad",
-    dataset: Annotated[str, typer.Option(help="A dataset of `zsad data list`, or folder.")] = "synthad",
-    root: Annotated[Path | None, typer.Option(help="Its folder (default: data/DATASET).")] = None,
+    method: Annotated[str, Option(help="A method by name, or all.")] = "divad",
+    dataset: Annotated[str, Option(help="A dataset of `zsad data list`, or folder.")] = "synthad",
+    root: Root = None,
     profile: Profile = "lite",
-    backbone: Annotated[
-        str | None, typer.Option(help="Folder, checkpoint name or hub id (default: the profile's).")
-    ] = None,
-    features: Annotated[str | None, typer.Option(help="Likewise, for the features of the map.")] = None,
+    backbone: Annotated[str | None, Option(help="Folder, checkpoint name or hub id (default: the profile's).")] = None,
+    features: Annotated[str | None, Option(help="Likewise, for the features of the map.")] = None,
     random_weights: Annotated[
-        RandomWeights | None,
-        typer.Option(help="What the control re-initialises (default: unet); with --only, score just that."),
+        Literal["unet", "all", "features"] | None,
+        Option(help="What the control re-initialises (default: unet); with --only, score just that."),
     ] = None,
-    only: Annotated[bool, typer.Option("--only", help="Just --method, no controls beside it.")] = False,
-    options: Annotated[
-        list[str], typer.Option("--set", help="Option of the method, e.g. --set start=matched; repeatable.")
-    ] = [],  # noqa: B006 typer copies it
-    captions: Annotated[
-        Path | None, typer.Option(help="File of `zsad caption`, for methods that read captions (vlmdiff).")
-    ] = None,
-    category: Annotated[list[str], typer.Option(help="Only this one; repeatable.")] = [],  # noqa: B006
-    limit: Annotated[int | None, typer.Option(help="At most so many of each category and defect.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Default: the profile's.")] = None,
+    only: Annotated[bool, Option("--only", help="Just --method, no controls beside it.")] = False,
+    options: Settings = [],
+    captions: Annotated[Path | None, Option(help="File of `zsad caption`, for methods that read one: vlmdiff.")] = None,
+    category: Categories = [],
+    limit: Limit = None,
+    batch_size: Annotated[int | None, Option(help="Default: the profile's.")] = None,
     out: Runs = Path("runs"),
     device: Device = "auto",
 ) -> None:
@@ -211,8 +204,7 @@ def score(
     plan = _plan(method, only or not labelled, random_weights)
     known = {name: profiles.options_of(name) for name, _ in plan}
     chosen = _parse_pairs(options, sorted({key for names in known.values() for key in names}))
-    chosen |= _read_captions(captions, known)
-    chosen |= {key: value for key, value in (("backbone", backbone), ("features", features)) if value}
+    chosen |= _given(backbone=backbone, features=features, captions=captions and _read_captions(captions, known))
 
     def scorers():
         for name, random in plan:
@@ -244,18 +236,20 @@ def _plan(method: str, only: bool, random_weights: str | None) -> list[tuple[str
     return plan + [(name, None) for name in BASELINES]
 
 
-def _read_captions(path: Path | None, known: dict[str, list[str]]) -> dict:
-    """{"captions": {image id: caption}} of a caption file, once some method of the plan reads captions."""
+def _read_captions(path: Path, planned: Iterable[str]) -> dict[str, str]:
+    """{image id: caption} of a caption file, once some method of the plan reads captions."""
+    from zsad_lib.data.captions import read_captions
     from zsad_lib.methods import METHODS, method_options
 
-    if path is None:
-        return {}
-    if not any("captions" in options for options in known.values()):
-        readers = [name for name in METHODS if "captions" in method_options(name)]
-        raise typer.BadParameter(f"--captions: {next(iter(known))} reads none; these do: {', '.join(readers)}")
-    from zsad_lib.data.captions import read_captions
+    readers = [name for name in METHODS if "captions" in method_options(name)]
+    if not set(readers) & set(planned):
+        raise typer.BadParameter(f"--captions: {next(iter(planned))} reads none; these do: {', '.join(readers)}")
+    return read_captions(path)
 
-    return {"captions": read_captions(path)}
+
+def _given(**options: Any) -> dict[str, Any]:
+    """The options that the command line has a value for; the library has the defaults of the others."""
+    return {key: value for key, value in options.items() if value not in (None, [], "")}
 
 
 def _parse_pairs(pairs: list[str], known: list[str] | None = None) -> dict:
@@ -275,24 +269,23 @@ def _parse_pairs(pairs: list[str], known: list[str] | None = None) -> dict:
 
 @app.command()
 def caption(
-    dataset: Annotated[str, typer.Argument(help="A dataset of `zsad data list`, or folder.")],
-    root: Annotated[Path | None, typer.Option(help="Its folder (default: data/DATASET).")] = None,
-    model: Annotated[
-        str, typer.Option(help="Folder, checkpoint name, or hub id of an image-text-to-text model.")
-    ] = "lite-captioner",
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
+    dataset: Annotated[str, Argument(help="A dataset of `zsad data list`, or folder.")],
+    root: Root = None,
+    model: Annotated[str, Option(help="Folder, checkpoint name, or hub id of a captioner.")] = "lite-captioner",
+    revision: Annotated[str | None, Option(help="Branch, tag or commit of a hub model.")] = None,
     prompt_type: Annotated[
-        PromptType, typer.Option(help="What to ask: the main object, the whole scene, or an inspector's question.")
-    ] = PromptType.objects,
-    prompt: Annotated[str | None, typer.Option(help="Ask this instead.")] = None,
-    split: Annotated[Split, typer.Option(help="Which images.")] = Split.test,
-    category: Annotated[list[str], typer.Option(help="Only this one; repeatable.")] = [],  # noqa: B006
-    limit: Annotated[int | None, typer.Option(help="At most so many of each category and defect.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Images at a time.")] = 8,
+        Literal["objects", "scenes", "inspector"],
+        Option(help="What to ask: the main object, the whole scene, or an inspector's question."),
+    ] = "objects",
+    prompt: Annotated[str | None, Option(help="Ask this instead.")] = None,
+    split: Annotated[Literal["test", "train", "both"], Option(help="Which images.")] = "test",
+    category: Categories = [],
+    limit: Limit = None,
+    batch_size: Annotated[int, Option(help="Images at a time.")] = 8,
     out: Annotated[
-        Path | None, typer.Option(help="The file (default: runs/captions/DATASET-MODEL-PROMPTTYPE.jsonl).")
+        Path | None, Option(help="The file (default: runs/captions/DATASET-MODEL-PROMPTTYPE.jsonl).")
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start the file anew.")] = False,
+    overwrite: Annotated[bool, Option("--overwrite", help="Start the file anew.")] = False,
     device: Device = "auto",
 ) -> None:
     """Describe the images of a dataset in words: a JSON Lines file with id, caption, model, revision and prompt.
@@ -304,11 +297,11 @@ def caption(
     from zsad_lib.data.datasets import load_dataset
     from zsad_lib.errors import ModelError
 
-    images = load_dataset(dataset, root, category or None, None if split == Split.both else str(split), limit)
+    images = load_dataset(dataset, root, category or None, None if split == "both" else split, limit)
     captioner = captions.load_captioner(model, device, revision)
     if prompt is not None and not captioner.prompted:
         raise ModelError(f"{captioner.name} takes no prompt: leave --prompt out, or choose another --model")
-    path = out or captions.caption_path(dataset, captioner.name, "custom" if prompt is not None else str(prompt_type))
+    path = out or captions.caption_path(dataset, captioner.name, prompt_type if prompt is None else "custom")
     text = captions.PROMPTS[prompt_type] if prompt is None else prompt
     said = captions.caption_dataset(images, captioner, path, text, batch_size, overwrite=overwrite)
     empty = sum(not words for words in said.values())
@@ -319,20 +312,32 @@ def caption(
 # --- tables and report
 
 
+def _markdown(table: Any) -> str:
+    return table.reset_index().to_markdown(index=False)
+
+
+def _write(folder: Path, numbers: Any, tables: dict[str, Any]) -> None:
+    """The numbers as aurocs.csv, each table as a Markdown file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    numbers.to_csv(folder / "aurocs.csv", index=False)
+    for name, table in tables.items():
+        (folder / f"{name}.md").write_text(_markdown(table) + "\n", encoding="utf-8")
+
+
 @app.command()
 def evaluate(
-    runs: Annotated[
-        list[Path] | None, typer.Argument(help="Run folders (default: the finished ones in --out).")
-    ] = None,
+    runs: Annotated[list[Path], Argument(help="Run folders (default: the finished ones in --out).")] = [],
     out: Runs = Path("runs"),
-    dataset: Annotated[str | None, typer.Option(help="Only runs on this dataset.")] = None,
-    per_category: Annotated[bool, typer.Option("--per-category", help="A row for each category.")] = False,
-    per_defect: Annotated[bool, typer.Option("--per-defect", help="A row for each defect type.")] = False,
+    dataset: Annotated[str | None, Option(help="Only runs on this dataset.")] = None,
+    per_category: Annotated[bool, Option("--per-category", help="A row for each category.")] = False,
+    per_defect: Annotated[bool, Option("--per-defect", help="A row for each defect type.")] = False,
     variant: Annotated[
-        Variant, typer.Option(help="exact, or the metrics of the DIVAD/VLMDiff code: official.")
-    ] = Variant.exact,
-    bootstrap: Annotated[int, typer.Option(help="Resamples behind an interval; 0 for none.")] = 200,
-    format: Annotated[Format, typer.Option(help="csv: the bare numbers; others: the table.")] = Format.table,
+        Literal["exact", "official"], Option(help="exact, or the metrics of the DIVAD/VLMDiff code: official.")
+    ] = "exact",
+    bootstrap: Bootstrap = 200,
+    format: Annotated[
+        Literal["table", "csv", "markdown", "latex"], Option(help="csv: the bare numbers; others: the table.")
+    ] = "table",
 ) -> None:
     """Print one table: methods as rows; image and pixel AUROC, AP, F1-max and AUPRO, in percent, with 95 %
     bootstrap intervals, as columns. Runs over the same images of a dataset stand together."""
@@ -346,7 +351,7 @@ def evaluate(
         typer.echo(f"left out, {reason}", err=True)
     numbers, tables, notes = {}, {}, []
     for title, group in grouped(loaded).items():
-        numbers[title] = evaluate_runs(group, per_defect=per_defect, variant=str(variant), n_bootstrap=bootstrap)
+        numbers[title] = evaluate_runs(group, per_defect=per_defect, variant=variant, n_bootstrap=bootstrap)
         tables[title] = tabulate(numbers[title], per_category=per_category or per_defect)
         notes += tables[title].attrs["notes"]
     if format == "csv":
@@ -355,36 +360,24 @@ def evaluate(
         return
     table = pd.concat(tables, names=["dataset"])
     notes.append(f"percent [95 % bootstrap interval], {variant} metrics; the mean over categories")
-    if format == "latex":
-        typer.echo(table.to_latex())
-    elif format == "markdown":
-        typer.echo(table.reset_index().to_markdown(index=False))
-    else:
-        typer.echo(table.to_string())
+    texts = {"latex": table.to_latex, "markdown": lambda: _markdown(table), "table": table.to_string}
+    typer.echo(texts[format]())
     for note in notes:
         typer.echo(note, err=format != "table")
 
 
 @app.command()
 def ood(
-    base: Annotated[
-        list[str] | None, typer.Option(help="Base model: a folder, checkpoint name or hub id; repeatable.")
-    ] = None,
-    known: Annotated[
-        list[str] | None, typer.Option("--in", help="Usual set; repeatable (default: synthad, cifar10, photographs).")
-    ] = None,
-    others: Annotated[
-        list[str] | None, typer.Option("--out-set", help="Set to tell from it; repeatable (default: eight).")
-    ] = None,
-    reading: Annotated[
-        str | None, typer.Option(help="The matrix's (default: the best that the abstract allows).")
-    ] = None,
-    train: Annotated[int, typer.Option(help="Images of a set that densities are fitted on.")] = 200,
-    test: Annotated[int, typer.Option(help="Images of a set that are scored.")] = 96,
-    control: Annotated[bool, typer.Option(help="Also the first base with random weights.")] = True,
-    bootstrap: Annotated[int, typer.Option(help="Resamples behind an interval; 0 for none.")] = 200,
+    base: Annotated[list[str], Option(help="Base model: a folder, checkpoint name or hub id; repeatable.")] = [],
+    known: Annotated[list[str], Option("--in", help="Usual set; repeatable (synthad, cifar10, photographs).")] = [],
+    others: Annotated[list[str], Option("--out-set", help="Set to tell from it; repeatable (default: eight).")] = [],
+    reading: Annotated[str | None, Option(help="The matrix's (default: the best that the abstract allows).")] = None,
+    train: Annotated[int, Option(help="Images of a set that densities are fitted on.")] = 200,
+    test: Annotated[int, Option(help="Images of a set that are scored.")] = 96,
+    control: Annotated[bool, Option(help="Also the first base with random weights.")] = True,
+    bootstrap: Bootstrap = 200,
     seed: int = 0,
-    out: Annotated[Path, typer.Option(help="Where features are kept and the tables go.")] = Path("runs/ood"),
+    out: Annotated[Path, Option(help="Where features are kept and the tables go.")] = Path("runs/ood"),
     device: Device = "auto",
 ) -> None:
     """In-distribution set × other set × base model: AUROCs of whole images, and every reading beside DiffPath.
@@ -397,15 +390,13 @@ def ood(
 
     if reading and reading not in ood.all_readings(train):
         raise typer.BadParameter(f"no reading {reading!r}; there are: {'; '.join(ood.all_readings(train))}")
-    given = {"bases": base, "ins": known, "outs": others}
-    given = {key: value for key, value in given.items() if value}
     counts = {"train": train, "test": test, "control": control, "n_bootstrap": bootstrap, "seed": seed}
-    frame = ood.study(**given, **counts, folder=out, device=device, progress=sys.stderr.isatty())
+    frame = ood.study(
+        **_given(bases=base, ins=known, outs=others), **counts, folder=out, device=device, progress=sys.stderr.isatty()
+    )
     reading = reading or ood.best_allowed(frame)
     matrix, readings = ood.matrix(frame, reading).fillna(""), ood.compare(frame)
-    frame.to_csv(out / "aurocs.csv", index=False)
-    for name, table in (("matrix", matrix.reset_index()), ("readings", readings.reset_index())):
-        (out / f"{name}.md").write_text(table.to_markdown(index=False) + "\n", encoding="utf-8")
+    _write(out, frame, {"matrix": matrix, "readings": readings})
     typer.echo(f"{reading}: AUROC of whole images, percent [95 % bootstrap interval]\n")
     typer.echo(matrix.to_string())
     typer.echo(f"\nevery reading, mean over the other sets, best first\n\n{readings.to_string()}")
@@ -417,16 +408,14 @@ def ood(
 def dzad(
     profile: Profile = "lite",
     target: Annotated[
-        list[str] | None, typer.Option(help="Set to test on; repeatable (default: all of the cross protocol at hand).")
-    ] = None,
-    limit: Annotated[int | None, typer.Option(help="At most so many of each category and defect of a target.")] = None,
-    every: Annotated[int, typer.Option(min=1, help="Of a target's images only each so-many-th.")] = 1,
-    reference_limit: Annotated[
-        int, typer.Option(help="At most so many of each defect of the auxiliary set's labelled images.")
-    ] = 1,
-    bootstrap: Annotated[int, typer.Option(help="Resamples behind an interval; 0 for none.")] = 200,
+        list[str], Option(help="Set to test on; repeatable (default: all of the protocol at hand).")
+    ] = [],
+    limit: Limit = None,
+    every: Annotated[int, Option(min=1, help="Of a target's images only each so-many-th.")] = 1,
+    reference_limit: Annotated[int, Option(help="At most so many of each defect of the auxiliary set.")] = 1,
+    bootstrap: Bootstrap = 200,
     seed: int = 0,
-    out: Annotated[Path, typer.Option(help="Where what is measured is kept and the tables go.")] = Path("runs/dzad"),
+    out: Annotated[Path, Option(help="Where what is measured is kept and the tables go.")] = Path("runs/dzad"),
     device: Device = "auto",
 ) -> None:
     """DZAD's Tables 1 to 4 across auxiliary sets and targets, what the paper prints beside what is measured.
@@ -447,11 +436,9 @@ def dzad(
         profiles.crosses(profile, target or None, device), profiles.smoothing(profile), profile, **drawn, **chosen,
         progress=tqdm if sys.stderr.isatty() else None,
     )  # fmt: skip
-    out.mkdir(parents=True, exist_ok=True)
-    frame.to_csv(out / "aurocs.csv", index=False)
+    _write(out, frame, tables)
     typer.echo("AUROC in percent [95 % bootstrap interval], means over categories but in table 1")
     for name, table in tables.items():
-        (out / f"{name}.md").write_text(table.reset_index().to_markdown(index=False) + "\n", encoding="utf-8")
         typer.echo(f"\n{name}\n\n{table.to_string()}")
     for name, reason in left_out.items():
         typer.echo(f"left out: {name}: {reason}")
@@ -460,8 +447,8 @@ def dzad(
 @app.command()
 def report(
     profile: Profile = "lite",
-    out: Annotated[Path, typer.Option(help="Where the figures and tables go.")] = Path("artifacts"),
-    only: Annotated[str | None, typer.Option(help="Only the notebook with this number, such as 02.")] = None,
+    out: Annotated[Path, Option(help="Where the figures and tables go.")] = Path("artifacts"),
+    only: Annotated[str | None, Option(help="Only the notebook with this number, such as 02.")] = None,
     seed: int = 0,
 ) -> None:
     """Regenerate every figure and table, with its provenance."""
