@@ -14,7 +14,8 @@ from zsad_lib.anomaly import maps
 from zsad_lib.anomaly.resize import resize
 from zsad_lib.diffusion.noise import to_host
 from zsad_lib.errors import MethodError
-from zsad_lib.methods.base import Method, Scores, at_least, check_batch
+from zsad_lib.methods.base import Method, Scores, check_batch
+from zsad_lib.settings import at_least
 
 
 def contrast_map(images: torch.Tensor, context: float) -> torch.Tensor:

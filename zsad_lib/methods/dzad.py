@@ -20,7 +20,7 @@ from zsad_lib.diffusion.guidance import GuidedModel
 from zsad_lib.diffusion.latent import Backbone
 from zsad_lib.diffusion.noise import image_noise, to_host
 from zsad_lib.errors import MethodError
-from zsad_lib.methods.base import Method, Scores, at_least, check_batch, setting
+from zsad_lib.methods.base import Method, Scores, check_batch, setting
 from zsad_lib.methods.dzad_reading import (
     BRANCHES,
     DECISIONS,
@@ -34,6 +34,7 @@ from zsad_lib.methods.dzad_reading import (
     class_distances,
     join,
 )
+from zsad_lib.settings import at_least
 
 __all__ = ["BRANCHES", "DECISIONS", "DZAD", "MAPS", "Measured", "Measuring", "Reading"]
 __all__ += ["best_threshold", "branch_weights", "class_distances", "join"]

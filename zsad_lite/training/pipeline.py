@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -84,7 +85,7 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
     )  # fmt: skip
 
 
-def build_unet(widths=(96, 128, 128), attention_levels: int = 2) -> UNet2DConditionModel:
+def build_unet(widths: Sequence[int] = (96, 128, 128), attention_levels: int = 2) -> UNet2DConditionModel:
     """attention_levels: how many of the three levels attend (to the words, and from place to place), deepest first."""
     attends = [level >= 3 - attention_levels for level in range(3)]
     return UNet2DConditionModel(
@@ -116,7 +117,7 @@ class TextToNoise(torch.nn.Module):
         super().__init__()
         self.text_encoder, self.unet = text_encoder, unet
 
-    def forward(self, latents, timesteps, token_ids):
+    def forward(self, latents: torch.Tensor, timesteps: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
         words = self.text_encoder(token_ids).last_hidden_state
         return self.unet(latents, timesteps, words).sample
 

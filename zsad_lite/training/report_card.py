@@ -60,7 +60,7 @@ each folder of `checkpoints/` has a model card.
 MARK = "<!-- measured by `zsad measure` -->"
 
 
-def mean_interval(values, resamples: int = 1000) -> str:
+def mean_interval(values: Sequence[float], resamples: int = 1000) -> str:
     """The mean with its 95 % bootstrap interval, as a cell: "28.2 [27.9, 28.5]"."""
     values = np.asarray(values, dtype=float)
     draws = values[np.random.default_rng(0).integers(0, len(values), (resamples, len(values)))].mean(1)
