@@ -133,9 +133,7 @@ def train(
 def convert(
     checkpoint: Annotated[Path, Argument(help="A checkpoint file of VLMDiff, DiAD or DiffPath.")],
     out: Annotated[Path, Option(help="The new folder.")],
-    preset: Annotated[
-        str | None, Option(help="For a pixel model of improved-diffusion, e.g. diffpath-celeba32.")
-    ] = None,
+    preset: Annotated[str | None, Option(help="Of a model of improved-diffusion, such as diffpath-celeba32.")] = None,
     base: Annotated[str, Option(help="The pipeline it was built on.")] = "stable-diffusion-1.5",
     autoencoder: Annotated[Path | None, Option(help="A file of the fine-tuned autoencoder alone.")] = None,
     hint: Annotated[str, Option(help="How the guide's images were scaled: imagenet or symmetric.")] = "imagenet",
