@@ -21,7 +21,7 @@ from zsad_lib.data.image_sets import available, load_image_set
 from zsad_lib.diffusion.pixel import PixelModel, load_pixel_model
 from zsad_lib.errors import DataError
 from zsad_lib.evaluation.metrics import auroc
-from zsad_lib.evaluation.tables import evaluate
+from zsad_lib.evaluation.tables import evaluate, format_cell
 from zsad_lib.methods import diffpath, stein_ssim
 from zsad_lib.methods.stein_ssim import Features, extract
 
@@ -69,15 +69,9 @@ def label(reading: Any) -> str:
 
 
 def distinct_readings(**fixed: Any) -> list[stein_ssim.Reading]:
-    """`stein_ssim.readings`, less those that give the scores of another one.
-
-    The scale of a denoising error is one factor a timestep, which standardising removes again: only a sum sees it.
-    """
-    return [r for r in stein_ssim.readings(**fixed) if not (_scale_is_moot(r) and r.scale == "score")]
-
-
-def _scale_is_moot(reading):
-    return reading.error == "denoising" and reading.decision == "typicality"
+    """`stein_ssim.readings`, less those that give the scores of another one."""
+    moot = ("denoising", "typicality", "score")  # one factor a timestep, which standardising removes again
+    return [r for r in stein_ssim.readings(**fixed) if (r.error, r.decision, r.scale) != moot]
 
 
 def labelled(readings: Iterable) -> Readings:
@@ -86,10 +80,7 @@ def labelled(readings: Iterable) -> Readings:
 
 
 def all_readings(reference_images: int, **fixed: Any) -> Readings:
-    """{label: reading}: the distinct readings, DiffPath-1D, and 6D with the authors' mixtures where they can be fitted.
-
-    reference_images: how many images the densities are fitted on; fixed: see `stein_ssim.readings`.
-    """
+    """{label: reading}: the distinct readings, DiffPath-1D, and 6D with the authors' mixtures where so many suffice."""
     paths = [PathReading("1d"), PathReading("6d", stein_ssim.COMPONENTS)]
     if reference_images - -(-reference_images // 10) >= max(diffpath.COMPONENTS):
         paths.append(PathReading("6d"))
@@ -108,11 +99,8 @@ def collect(
     steps: int = 10,
     seed: int = 0,
     progress: bool = False,
-) -> dict[str, Features]:
-    """{name: features of `stein_ssim.extract`} of at most `count` images of each set, kept in files below `folder`.
-
-    What is there is read, so that an interrupted call goes on at the set it was at.
-    """
+) -> Sets:
+    """{name: features of `stein_ssim.extract`} of at most `count` images of each set, kept in files below `folder`."""
     settings = {"model": model.config, "steps": steps, "seed": seed}
     named, features = f"{Path(model.label).name} {store.fingerprint([model.config, steps, seed])[:8]}", {}
     for name in sets:
@@ -161,18 +149,21 @@ def evaluate_base(
     """AUROCs of one base model, and 95 % bootstrap intervals over the images.
 
     train, test: {set: features}, of `collect`; every set in train is in-distribution in its turn, and its density is
-    fitted there and nowhere else. readings: {label: reading}. Returns a long frame with the columns in, out, reading,
-    evaluations (network calls an image), value, low, high (fractions), n_in, n_out; out "mean" averages the other sets.
-    A set is never set against itself or a part of itself.
+    fitted there alone; it is never set against itself or a part of itself. Columns in, out ("mean": over the other
+    sets), reading, evaluations (network calls an image), value, low, high (fractions), n_in, n_out.
     """
-    rows = []
+    frames, drawn = [], {"n_bootstrap": n_bootstrap, "seed": seed, "metrics": ["image_auroc"]}
     for name, reference in train.items():
-        others = [out for out in outs if out in test and not _overlap(name, out)]
+        sets = [name, *(out for out in outs if out in test and not _overlap(name, out))]
         for title, reading in readings.items():
-            scores = score_sets(reference, {other: test[other] for other in (name, *others)}, reading, seed)
+            scores = score_sets(reference, {one: test[one] for one in sets}, reading, seed)
+            origin = np.repeat(sets, [len(scores[one]) for one in sets])
+            values = np.concatenate([scores[one] for one in sets]).astype(np.float64)
+            frame = evaluate([name] * len(origin), (origin != name).astype(int), values, defects=origin, **drawn)
             cost = reference["noise_powers"].shape[1]
-            rows += [(name, out, title, cost, *rest) for out, *rest in _aurocs(scores, name, others, n_bootstrap, seed)]
-    return pd.DataFrame(rows, columns=COLUMNS[1:])
+            frames.append(frame.assign(**{"in": name, "reading": title, "evaluations": cost}))
+    frame = pd.concat(frames, ignore_index=True).assign(out=lambda rows: rows.category.str.rpartition("/")[2])
+    return frame.rename(columns={"n_normal": "n_in", "n_anomalous": "n_out"})[COLUMNS[1:]]
 
 
 def evaluate_bases(
@@ -219,17 +210,6 @@ def _overlap(one, other):
     return one == other or one.startswith(f"{other}-") or other.startswith(f"{one}-")
 
 
-def _aurocs(scores, name, others, n_bootstrap, seed):
-    """(out, value, low, high, n_in, n_out) for each other set and "mean"; all share the draws of the normal images."""
-    sets = [name, *others]
-    defects = np.repeat(sets, [len(scores[s]) for s in sets])
-    values = np.concatenate([scores[s] for s in sets]).astype(np.float64)
-    labels = (defects != name).astype(int)
-    drawn = {"n_bootstrap": n_bootstrap, "seed": seed, "metrics": ["image_auroc"]}
-    for row in evaluate([name] * len(labels), labels, values, defects=defects, **drawn).itertuples():
-        yield row.category.rpartition("/")[2], row.value, row.low, row.high, row.n_normal, row.n_anomalous
-
-
 def study(
     bases: Iterable[str] = BASES,
     ins: Iterable[str] = INS,
@@ -251,20 +231,19 @@ def study(
     train, test: images of a set that densities are fitted on, and that are scored. readings: None for `all_readings`.
     control: also the first base with random weights.
     """
-    here = [name for name in dict.fromkeys([*ins, *outs]) if name in available()]
-    known, others = [name for name in ins if name in here], [name for name in outs if name in here]
+    wanted, here = list(dict.fromkeys([*ins, *outs])), available()
+    known, others, tested = ([name for name in names if name in here] for names in (ins, outs, wanted))
     if not known or not any(not _overlap(name, other) for name in known for other in others):
         raise DataError(f"no pair of different sets at hand among in: {', '.join(ins)}; out: {', '.join(outs)}")
     readings, frames = readings or all_readings(train), []
+    kept = {"folder": folder, "steps": steps, "seed": seed, "progress": progress}
     for base, random in [(base, None) for base in bases] + [(base, "unet") for base in bases[:1] if control]:
         model = load_pixel_model(base, device, random_weights=random)
-        shared = {"folder": folder, "steps": steps, "seed": seed, "progress": progress}
-        fitted, scored = (
-            collect(model, s, *w, **shared) for s, w in ((known, ("train", train)), (here, ("test", test)))
-        )
+        fitted = collect(model, known, "train", train, **kept)
+        scored = collect(model, tested, "test", test, **kept)
         frames.append(evaluate_base(fitted, scored, readings, others, n_bootstrap, seed).assign(base=model.label))
     frame = pd.concat(frames, ignore_index=True)[COLUMNS]
-    frame.attrs = {"left_out": [name for name in dict.fromkeys([*ins, *outs]) if name not in here]}
+    frame.attrs = {"left_out": [name for name in wanted if name not in here]}
     return frame
 
 
@@ -279,27 +258,18 @@ def matrix(frame: pd.DataFrame, reading: str, cells: bool = True) -> pd.DataFram
     part = frame[frame.reading == reading]
     if part.empty:
         raise ValueError(f"no reading {reading!r}; there are: {'; '.join(dict.fromkeys(frame.reading))}")
-    columns = [out for out in dict.fromkeys(part.out) if out != "mean"] + ["mean"]
-    columns = [out for out in OUTS if out in columns] + [out for out in columns if out not in OUTS]
-    table = _pivot(part, ["base", "in"], "out", cells)
-    order = list(dict.fromkeys(zip(part.base, part["in"], strict=True)))
-    return table.reindex(index=pd.MultiIndex.from_tuples(order, names=["base", "in"]), columns=columns)
+    order = [*OUTS, *(out for out in part.out.unique() if out not in (*OUTS, "mean")), "mean"]
+    return _spread(part, ["base", "in"], part.out, cells)[[out for out in order if out in set(part.out)]]
 
 
-def compare(frame: pd.DataFrame, cells: bool = True) -> pd.DataFrame:
+def compare(frame: pd.DataFrame) -> pd.DataFrame:
     """Readings as rows, best first; columns: the mean over the other sets of each base and in-distribution set.
 
-    The column "chosen on" is the plain mean over the trained bases and CHOSEN_ON (percent, or all sets where neither is
-    there), "evaluations" the network calls an image.
+    Besides "chosen on", what `ranking` sorts by, and "evaluations", the network calls an image.
     """
-    means = frame[frame.out == "mean"]
-    table = _pivot(means, "reading", ["base", "in"], cells)
-    columns = list(dict.fromkeys(zip(means.base, means["in"], strict=True)))
-    table = table.reindex(columns=pd.MultiIndex.from_tuples(columns, names=["base", "in"]))
-    rank = ranking(frame)
-    table = table.reindex(rank.index)
-    table.columns = [f"{base}: {name}" for base, name in table.columns]
-    table.insert(0, "chosen on", rank if not cells else rank.map("{:.1f}".format))
+    means, rank = frame[frame.out == "mean"], ranking(frame)
+    table = _spread(means, "reading", means.base + ": " + means["in"], cells=True).reindex(rank.index)
+    table.insert(0, "chosen on", rank.map("{:.1f}".format))
     table.insert(1, "evaluations", means.groupby("reading").evaluations.first())
     return table
 
@@ -309,24 +279,23 @@ def overview(frame: pd.DataFrame, trained: Iterable[str]) -> pd.DataFrame:
 
     trained: the bases whose columns "trained" averages, and by which the rows are sorted.
     """
-    table = _whole_percent(frame[frame.out == "mean"], "in")
+    means = frame[frame.out == "mean"]
+    table = _spread(means, "reading", means.base + ": " + means["in"]).round(0).astype(int)
     averaged = [column for column in table if column.rpartition(": ")[0] in trained]
     table["trained"] = table[averaged].mean(axis=1).round(0).astype(int)
     return table.sort_values("trained", ascending=False, kind="stable")
 
 
 def by_set(frame: pd.DataFrame) -> pd.DataFrame:
-    """AUROC in whole percent: readings as rows and columns "base: out", both in the frame's order, without the mean.
-
-    ValueError when the frame has more than one in-distribution set.
-    """
+    """AUROC in whole percent: readings as rows and columns "base: out", both in the frame's order, without the mean."""
     if frame["in"].nunique() != 1:
         raise ValueError(f"one in-distribution set, please, not {', '.join(frame['in'].unique()) or 'none'}")
-    return _whole_percent(frame[frame.out != "mean"], "out")
+    others = frame[frame.out != "mean"]
+    return _spread(others, "reading", others.base + ": " + others.out).round(0).astype(int)
 
 
 def ranking(frame: pd.DataFrame) -> pd.Series:
-    """Percent by reading, best first: mean AUROC over the trained bases and CHOSEN_ON, every pair counting alike."""
+    """Percent by reading, best first: the mean over the trained bases and CHOSEN_ON, or all sets without these."""
     means = frame[(frame.out == "mean") & ~frame.base.str.endswith(CONTROL)]
     chosen = means[means["in"].isin(CHOSEN_ON)]
     means = means if chosen.empty else chosen
@@ -341,12 +310,9 @@ def best_allowed(frame: pd.DataFrame) -> str:
     return allowed[0]
 
 
-def _whole_percent(frame, by):
-    table = 100 * frame.pivot_table(index="reading", columns=["base", by], values="value", sort=False)
-    return table.set_axis([f"{base}: {name}" for base, name in table.columns], axis=1).round(0).astype(int)
-
-
-def _pivot(frame, index, columns, cells):
-    values = [f"{100 * r.value:.1f} [{100 * r.low:.1f}, {100 * r.high:.1f}]" for r in frame.itertuples()]
-    frame = frame.assign(cell=values if cells else 100 * frame.value)
-    return frame.pivot(index=index, columns=columns, values="cell")
+def _spread(frame, index, columns, cells=False):
+    """A row for each value of `index`, a column for each of `columns`, in the frame's order; percent, or as texts."""
+    values = 100 * frame.value
+    if cells:
+        values = [format_cell(*row) for row in zip(frame.value, frame.low, frame.high, strict=True)]
+    return frame.assign(cell=values).set_index(index).set_index(columns, append=True).cell.unstack(sort=False)
