@@ -6,6 +6,8 @@
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
+from itertools import product
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -98,16 +100,14 @@ def _folder(name: str) -> Path:
 @torch.inference_mode()
 def autoencoder_table(per_category: int = 16) -> pd.DataFrame:
     """PSNR in dB of the autoencoder that all pipelines share: new drawings of each category, and new kinds of image."""
-    backbone, rows = load_backbone("lite-foundation"), {}
+    backbone = load_backbone("lite-foundation")
 
     def psnr(x):
-        return (-10 * torch.log10((backbone.decode(backbone.encode(x)).cpu() - x).square().mean((1, 2, 3)))).tolist()
+        return -10 * torch.log10((backbone.decode(backbone.encode(x)).cpu() - x).square().mean((1, 2, 3)))
 
-    for category in synthad.CATEGORIES:
-        rows[category] = psnr(held_out_drawings(category, per_category)[0])
-    rows = {"all categories": sum(rows.values(), []), **rows}
-    for name in UNSEEN:
-        rows[f"photograph of {name}"] = psnr(strange_photographs(name, per_category))
+    drawn = {category: psnr(held_out_drawings(category, per_category)[0]) for category in synthad.CATEGORIES}
+    strange = {f"photograph of {name}": psnr(strange_photographs(name, per_category)) for name in UNSEEN}
+    rows = {"all categories": torch.cat([*drawn.values()]), **drawn, **strange}
     cells = {name: mean_interval(values) for name, values in rows.items()}
     return pd.DataFrame({"PSNR in dB": cells}).rename_axis("images")
 
@@ -144,10 +144,7 @@ def draw_samples(
     cond = backbone.embed([f"An image of a {noun}" for noun in nouns])
     uncond = backbone.embed([""]).expand_as(cond)
     noise = torch.randn(len(nouns), *backbone.latent_shape, generator=torch.Generator().manual_seed(seed))
-
-    def predict(z, t):
-        return backbone.predict_noise(z, t, cond, uncond, guidance_scale)
-
+    predict = partial(backbone.predict_noise, cond=cond, uncond=uncond, guidance_scale=guidance_scale)
     return backbone.decode(ddim.denoise(predict, noise.to(backbone.device), backbone.alphas_cumprod, steps)).cpu()
 
 
@@ -169,11 +166,10 @@ def megabytes(folder: str | Path) -> float:
 
 def loading_table() -> pd.DataFrame:
     """Megabytes on disk and seconds to load, of every checkpoint; a guide of DZAD is loaded with its base."""
-    loaders = {name: load_backbone for name in PIPELINES} | {"lite-features": load_features}
-    loaders |= {name: load_pixel_model for name in PIXEL_MODELS} | {CAPTIONER: load_captioner}
-    loaders |= {name: load_guided for name in GUIDED}
+    loaders = dict.fromkeys(PIPELINES, load_backbone) | {"lite-features": load_features}
+    loaders |= dict.fromkeys(PIXEL_MODELS, load_pixel_model) | {CAPTIONER: load_captioner}
     rows = {}
-    for name, load in loaders.items():
+    for name, load in (loaders | dict.fromkeys(GUIDED, load_guided)).items():
         folder = _folder(name)
         load(folder)  # the first one also pays for imports
         start = time.perf_counter()
@@ -194,7 +190,7 @@ def score_test(
 ) -> dict[str, Results]:
     """{label: Results} of DIVAD with the models of TESTS[test], its controls and the baselines, in run folders."""
     groups, options = TESTS[test]
-    options = options | ({"features": features} if features else {})
+    options = options | {"features": features or options["features"]}
     categories = [c for group in groups for c in synthad.GROUPS[group]] if dataset == "synthad" else None
     images = load_dataset(dataset, root, categories=categories)
     if options["features"] == "pixels":  # nothing in them to leave untrained
@@ -213,11 +209,11 @@ def noise_error_table(
 
     The same noise for every model; 1000 is what predicting no noise at all would give.
     """
-    models = {name: load_pixel_model(name, "cpu") for name in names}
-    rows = {
-        name: _noise_errors(model.predict_noise, model.to_pixels(images), model.alphas_cumprod.tolist(), timesteps)
-        for name, model in models.items()
-    }
+    rows = {}
+    for name in names:
+        model = load_pixel_model(name, "cpu")
+        clean, levels = model.to_pixels(images), model.alphas_cumprod.tolist()
+        rows[name] = _noise_errors(model.predict_noise, clean, levels, timesteps)
     return pd.DataFrame(rows).T.rename_axis("noise error")
 
 
@@ -238,31 +234,20 @@ def guidance_table(
     The same noise for every row. Of DZAD's models with the base they started from, of VLMDiff's with the captions.
     """
     rows = {}
-    for name in names:
-        for group, categories in synthad.GROUPS.items():
-            drawn = [held_out_drawings(category, per_category) for category in categories]
-            images, said = torch.cat([x for x, _ in drawn]), [caption for _, words in drawn for caption in words]
-            for how, row in _guidance_rows(name, images, said, timesteps):
-                rows[f"{name}, group {group}: {how}"] = row
+    for name, (group, categories) in product(names, synthad.GROUPS.items()):
+        drawn = [held_out_drawings(category, per_category) for category in categories]
+        images, said = torch.cat([x for x, _ in drawn]), [caption for _, words in drawn for caption in words]
+        model, silent = load_guided(name, "cpu"), [""] * len(images)
+        backbone, guided, base = model.backbone, model.condition_on(images), model.facts.get("base")
+        plain, latents = "its base, without a guide" if base else "without the guide", backbone.encode(images)
+        kinds = {plain: (load_backbone(base or name, "cpu"), silent), "with the guide": (guided, silent)}
+        if "captioner" in model.facts:
+            kinds["with the guide and the caption"] = guided, said
+        for how, (network, words) in kinds.items():
+            predict = partial(network.predict_noise, cond=backbone.embed(words))
+            row = _noise_errors(predict, latents, backbone.alphas_cumprod, timesteps)
+            rows[f"{name}, group {group}: {how}"] = row
     return pd.DataFrame(rows).T.rename_axis("noise error")
-
-
-def _guidance_rows(name, images, said, timesteps):
-    model, empty = load_guided(name, "cpu"), [""] * len(images)
-    backbone, guided = model.backbone, model.condition_on(images)
-    base = model.facts.get("base")
-    kinds = [("its base, without a guide" if base else "without the guide", load_backbone(base or name, "cpu"), empty)]
-    kinds.append(("with the guide", guided, empty))
-    if "captioner" in model.facts:
-        kinds.append(("with the guide and the caption", guided, said))
-    latents = backbone.encode(images)
-    for how, network, words in kinds:
-        text = backbone.embed(words)
-
-        def predict(z, t, network=network, text=text):
-            return network.predict_noise(z, t, text)
-
-        yield how, _noise_errors(predict, latents, backbone.alphas_cumprod, timesteps)
 
 
 # --- pictures -------------------------------------------------------------------------------------------------------
@@ -298,8 +283,8 @@ def pixel_samples_figure(name: str, count: int = 12, steps: int = 50, seed: int 
 def loss_figure(names: Sequence[str]) -> Figure:
     """The training loss of every stage of checkpoints."""
     logs = {f"{name}: {stage}": log for name in names for stage, log in read_log(_folder(name)).items()}
-    columns = 3
-    figure, axes = plt.subplots(-(-len(logs) // columns), columns, figsize=(10, 2.1 * -(-len(logs) // columns)))
+    rows = -(-len(logs) // 3)
+    figure, axes = plt.subplots(rows, 3, figsize=(10, 2.1 * rows))
     for axis, (title, log) in zip(axes.flat, logs.items(), strict=False):
         sns.lineplot(x=np.linspace(0, log["steps"], len(log["losses"])), y=log["losses"], ax=axis)
         axis.set(title=f"{title}, {log['seconds'] / 60:.0f} min", yscale="log")
@@ -313,11 +298,7 @@ def loss_figure(names: Sequence[str]) -> Figure:
 
 
 def write_report(docs: str | Path = "docs", runs: str | Path = "runs") -> Path:
-    """Measure every compact checkpoint; write docs/lite_models.md with its pictures, and each model card's numbers.
-
-    Takes about a quarter of an hour on two cores, most of it for scoring (kept in `runs`, so that it can be
-    interrupted). Returns the page.
-    """
+    """Measure every compact checkpoint (a quarter of an hour): the page docs/lite_models.md and the cards' numbers."""
     docs, tables = Path(docs), []
     for table in _tables(runs):
         print(f"[measure] {table[0]}\n{table[2].to_string()}", flush=True)
