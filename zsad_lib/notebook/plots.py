@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from itertools import zip_longest
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -105,8 +106,7 @@ def picture_grid(
     """A grid of pictures: images [3, H, W] in [0, 1], and masks or maps [H, W]; None leaves a place empty."""
     columns = max(len(row) for row in rows)
     figure, axes = plt.subplots(len(rows), columns, figsize=(size * columns, size * len(rows) + 0.25), squeeze=False)
-    for c in range(columns):
-        column = [row[c] if c < len(row) else None for row in rows]
+    for c, column in enumerate(zip_longest(*rows)):
         maps = [picture for picture in column if picture is not None and picture.ndim == 2]
         top = max((float(m.max()) for m in maps), default=1.0) if shared_scale else None
         for axis, picture in zip(axes[:, c], column, strict=True):
@@ -307,17 +307,13 @@ def histograms(
     """Histograms over each other, one panel a title."""
     figure, axes = plt.subplots(1, len(panels), figsize=(size[0] * len(panels), size[1]), squeeze=False)
     for axis, (title, groups) in zip(axes.flat, panels.items(), strict=True):
-        _overlaid(axis, groups, bins)
+        edges = np.histogram_bin_edges(np.concatenate(list(groups.values())), bins)
+        for name, values in groups.items():
+            axis.hist(values, bins=edges, alpha=0.6, label=name)
         axis.set(title=title, xlabel=label)
     axes[0, 0].legend()
     figure.tight_layout()
     return figure
-
-
-def _overlaid(axis: Axes, groups: dict[str, np.ndarray], bins: int) -> None:
-    edges = np.histogram_bin_edges(np.concatenate(list(groups.values())), bins)
-    for name, values in groups.items():
-        axis.hist(values, bins=edges, alpha=0.6, label=name)
 
 
 def log_scale(groups: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -105,8 +105,8 @@ def run_notebooks(paths: list[Path], out: Path, profile: str, seed: int, duratio
             raise
 
 
-def run_notebook(path: Path, out: Path, profile: str, seed: int) -> Path:
-    """Execute one notebook with papermill and write it as HTML too; returns the HTML file."""
+def run_notebook(path: Path, out: Path, profile: str, seed: int) -> None:
+    """Execute one notebook with papermill and write it as HTML too."""
     target = out / "notebooks" / path.name
     target.parent.mkdir(parents=True, exist_ok=True)
     parameters = {"profile": profile, "seed": seed, "out": str(out)}
@@ -115,9 +115,7 @@ def run_notebook(path: Path, out: Path, profile: str, seed: int) -> Path:
     except papermill.PapermillExecutionError as error:
         where = f"{path} failed in cell {error.exec_count}"
         raise RunError(f"{where}: {error.ename}: {error.evalue}; see {target}") from error
-    page = target.with_suffix(".html")
-    page.write_text(HTMLExporter().from_filename(str(target))[0])
-    return page
+    target.with_suffix(".html").write_text(HTMLExporter().from_filename(str(target))[0])
 
 
 @contextmanager

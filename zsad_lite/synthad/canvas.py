@@ -46,15 +46,11 @@ class Canvas:
     """Pixel-centre coordinates ``x``, ``y`` in [0, 1] of an oversampled square image, and its pixel width."""
 
     def __init__(self, size: int):
-        self.size = size
         self.n = size * OVERSAMPLE
         ramp = (np.arange(self.n) + 0.5) / self.n
         self.x = np.ascontiguousarray(np.broadcast_to(ramp[None, :], (self.n, self.n)))
         self.y = np.ascontiguousarray(np.broadcast_to(ramp[:, None], (self.n, self.n)))
         self.pixel = 1.0 / size
-
-    def fill(self, colour: Any) -> np.ndarray:
-        return np.broadcast_to(np.asarray(colour, dtype=np.float64), (self.n, self.n, 3)).copy()
 
     def reduce(self, picture: np.ndarray) -> np.ndarray:
         """Average OVERSAMPLE x OVERSAMPLE blocks: [n, n, C] -> [size, size, C]."""

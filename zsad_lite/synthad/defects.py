@@ -130,11 +130,6 @@ DEFECTS = (*SURFACE, *STRUCTURE)
 # --- one defect, and where it is -----------------------------------------------------------------------------
 
 
-def _close(mask: np.ndarray) -> np.ndarray:
-    """Fill the pin-holes where defect and normal happen to agree (a 3 x 3 closing)."""
-    return ndimage.binary_closing(np.pad(mask, 1, mode="edge"), np.ones((3, 3)))[1:-1, 1:-1]
-
-
 def damage(
     seed: str, defect: str, category: Category, canvas: Canvas, scene: Scene, normal: np.ndarray, region: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -152,7 +147,8 @@ def damage(
             edit = edit_parts if scene.parts else edit_cells
             picture, _ = category.render(canvas, edit(d, scene, defect))
         change = np.abs(canvas.reduce(picture) - canvas.reduce(normal)).max(axis=2)
-        mask = _close(change > MASK_THRESHOLD)
+        changed = np.pad(change > MASK_THRESHOLD, 1, mode="edge")
+        mask = ndimage.binary_closing(changed, np.ones((3, 3)))[1:-1, 1:-1]  # no pin-holes where both happen to agree
         count = int(np.count_nonzero(mask))
         strong = int(np.count_nonzero(change > MASK_CONTRAST))
         visible = 4 * strong >= count or attempt >= 50  # a scene may hold no strong contrast: then any will do

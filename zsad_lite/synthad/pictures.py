@@ -170,11 +170,8 @@ def _outline(c: Canvas, shape: str, x, y, r, turns):
 
 def _places(d: Dice, count: int):
     """Where ``count`` things stand relative to their centre, and how large each is, in one of six orders."""
-    order, turns, reach = (
-        d.choice(("row", "ring", "block", "stack", "mirror", "free")),
-        d.uniform(0, 1),
-        d.uniform(0.2, 0.36),
-    )
+    order = d.choice(("row", "ring", "block", "stack", "mirror", "free"))
+    turns, reach = d.uniform(0, 1), d.uniform(0.2, 0.36)
     across, down = (d.grid(count) for _ in range(2))
     for k in range(count):
         size = 1.0
@@ -212,7 +209,7 @@ def _arrange(d: Dice, c: Canvas, picture: np.ndarray) -> None:
 
 def _leaves(d: Dice, c: Canvas) -> np.ndarray:
     """Shapes of all sizes over one another: a dead-leaves image, whose statistics are those of photographs."""
-    picture = c.fill(_colour(d))
+    picture = np.full((c.n, c.n, 3), _colour(d))
     for _ in range(d.integer(15, 60)):
         x, y, r, turns = d.uniform(0, 1), d.uniform(0, 1), 0.03 / (1 - 0.9 * d.uniform(0, 1)), d.uniform(0, 1)
         blend(picture, cover(_outline(c, d.choice(SHAPES), x, y, r, turns), c.pixel), _colour(d))

@@ -36,17 +36,13 @@ def build_captioner(tokenizer: PreTrainedTokenizerFast) -> VisionEncoderDecoderM
     encoder = SwinConfig(
         image_size=64, patch_size=4, embed_dim=32, depths=[2, 2, 2], num_heads=[2, 4, 8], window_size=4
     )
-    decoder = GPT2Config(
-        vocab_size=len(tokenizer), n_positions=MAX_TOKENS, n_embd=128, n_layer=2, n_head=4,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
+    ids = {key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    decoder = GPT2Config(vocab_size=len(tokenizer), n_positions=MAX_TOKENS, n_embd=128, n_layer=2, n_head=4, **ids)
     config = VisionEncoderDecoderConfig.from_encoder_decoder_configs(encoder, decoder)
     config.decoder_start_token_id, config.pad_token_id = tokenizer.bos_token_id, tokenizer.pad_token_id
     model = VisionEncoderDecoderModel(config=config)
-    model.generation_config = GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-        decoder_start_token_id=tokenizer.bos_token_id, max_length=MAX_TOKENS,
-    )  # fmt: skip
+    start = {"decoder_start_token_id": tokenizer.bos_token_id, "max_length": MAX_TOKENS}
+    model.generation_config = GenerationConfig(**ids, **start)
     return model
 
 

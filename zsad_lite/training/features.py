@@ -2,6 +2,7 @@
 
 import hashlib
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,15 +24,8 @@ REDRAW_STARTS = ((1, 301), (101, 401), (101, 601), (201, 501))  # (t_latent, t_d
 
 
 def build_features() -> ResNetModel:
-    return ResNetModel(
-        ResNetConfig(
-            embedding_size=32,
-            hidden_sizes=[32, 64],
-            depths=[2, 2],
-            layer_type="basic",
-            downsample_in_first_stage=False,
-        )
-    )
+    sizes = {"embedding_size": 32, "hidden_sizes": [32, 64], "depths": [2, 2]}
+    return ResNetModel(ResNetConfig(**sizes, layer_type="basic", downsample_in_first_stage=False))
 
 
 def degrade(x: torch.Tensor, generator: torch.Generator, size: int = 128) -> torch.Tensor:
@@ -76,11 +70,7 @@ def redraw_pool(backbone: Backbone, images: np.ndarray, captions: list[str], fol
 
 
 def _redraw(backbone, images, prompts, t_latent, t_denoise):
-    words, alphas_cumprod = backbone.embed(prompts), backbone.alphas_cumprod
-
-    def predict(z, t):
-        return backbone.predict_noise(z, t, words)
-
+    alphas_cumprod, predict = backbone.alphas_cumprod, partial(backbone.predict_noise, cond=backbone.embed(prompts))
     z = backbone.encode((to_tensor(images) + 1) / 2)
     if t_latent > 1:
         z = ddim.invert(predict, z, alphas_cumprod, 10, stop=t_latent)[-1][1]

@@ -69,11 +69,6 @@ def build_tokenizer(captions: list[str], folder: Path) -> CLIPTokenizer:
     return CLIPTokenizer.from_pretrained(folder)
 
 
-def _tokenizer(folder: str | None, captions: list[str], work: Path) -> CLIPTokenizer:
-    known = folder and Path(folder).is_dir()
-    return CLIPTokenizer.from_pretrained(folder) if known else build_tokenizer(captions, work / "tokenizer")
-
-
 def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
     end = tokenizer.convert_tokens_to_ids("<|endoftext|>")
     return CLIPTextModel(
@@ -160,7 +155,10 @@ class PipelineRecipe(Recipe):
             work, self.categories, self.per_category, seed, photos, pictures=self.pictures, surfaces=self.surfaces
         )
         vae, pool = self._encoded(images, work, seed, device)
-        tokenizer = _tokenizer(self.tokenizer, captions, work)
+        if self.tokenizer and Path(self.tokenizer).is_dir():
+            tokenizer = CLIPTokenizer.from_pretrained(self.tokenizer)
+        else:
+            tokenizer = build_tokenizer(captions, work / "tokenizer")
         scheduler = build_scheduler()
         torch.manual_seed(seed)
         model = TextToNoise(build_text_encoder(tokenizer), build_unet(self.widths, self.attention_levels)).to(device)
