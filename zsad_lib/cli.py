@@ -367,7 +367,9 @@ def evaluate(
 @app.command()
 def ood(
     base: Annotated[list[str], Option(help="Base model: a folder, checkpoint name or hub id; repeatable.")] = [],
-    known: Annotated[list[str], Option("--in", help="Usual set; repeatable (synthad, cifar10, photographs).")] = [],
+    known: Annotated[
+        list[str], Option("--in", help="Usual set; repeatable (default: synthad, cifar10, photographs).")
+    ] = [],
     others: Annotated[list[str], Option("--out-set", help="Set to tell from it; repeatable (default: eight).")] = [],
     reading: Annotated[str | None, Option(help="The matrix's (default: the best that the abstract allows).")] = None,
     train: Annotated[int, Option(help="Images of a set that densities are fitted on.")] = 200,
@@ -389,9 +391,8 @@ def ood(
     if reading and reading not in ood.all_readings(train):
         raise typer.BadParameter(f"no reading {reading!r}; there are: {'; '.join(ood.all_readings(train))}")
     counts = {"train": train, "test": test, "control": control, "n_bootstrap": bootstrap, "seed": seed}
-    frame = ood.study(
-        **_given(bases=base, ins=known, outs=others), **counts, folder=out, device=device, progress=sys.stderr.isatty()
-    )
+    named, progress = _given(bases=base, ins=known, outs=others), sys.stderr.isatty()
+    frame = ood.study(**named, **counts, folder=out, device=device, progress=progress)
     reading = reading or ood.best_allowed(frame)
     matrix, readings = ood.matrix(frame, reading).fillna(""), ood.compare(frame)
     _write(out, frame, {"matrix": matrix, "readings": readings})
@@ -406,7 +407,7 @@ def ood(
 def dzad(
     profile: Profile = "lite",
     target: Annotated[
-        list[str], Option(help="Set to test on; repeatable (default: all of the protocol at hand).")
+        list[str], Option(help="Set to test on; repeatable (default: all of the cross protocol at hand).")
     ] = [],
     limit: Limit = None,
     every: Annotated[int, Option(min=1, help="Of a target's images only each so-many-th.")] = 1,
@@ -428,12 +429,12 @@ def dzad(
     from zsad_lib.papers import dzad_tables
 
     profiles.load_profile(profile)
-    drawn = {"n_bootstrap": bootstrap, "seed": seed}
-    chosen = {"limit": limit, "every": every, "reference_limit": reference_limit, "folder": out}
+    directions = profiles.crosses(profile, target or None, device)
+    chosen = {"limit": limit, "every": every, "reference_limit": reference_limit, "n_bootstrap": bootstrap}
+    progress = tqdm if sys.stderr.isatty() else None
     tables, frame, left_out = dzad_tables.study(
-        profiles.crosses(profile, target or None, device), profiles.smoothing(profile), profile, **drawn, **chosen,
-        progress=tqdm if sys.stderr.isatty() else None,
-    )  # fmt: skip
+        directions, profiles.smoothing(profile), profile, **chosen, seed=seed, folder=out, progress=progress
+    )
     _write(out, frame, tables)
     typer.echo("AUROC in percent [95 % bootstrap interval], means over categories but in table 1")
     for name, table in tables.items():
