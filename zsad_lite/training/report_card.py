@@ -344,13 +344,12 @@ def _detection_tables(runs: str | Path) -> Iterator[Table]:
         results, models = score_test(test, runs=runs), _checkpoints(options)
         yield f"DIVAD, {test}", words, compare(results, METRICS), models
         yield f"DIVAD, {test}, by kind of defect", "Pixel AUROC.", defect_kinds_table(results), models
-    results = {}
-    for features in ("lite-features+pixels", "lite-features", "pixels", "unet:lite-foundation"):
-        results[features] = score_test("foundation", controls={"": None}, features=features, runs=runs)["divad"]
-    untrained = score_test("foundation", controls={"": "features"}, features="lite-features", runs=runs)["divad"]
+    kinds = ("lite-features+pixels", "lite-features", "pixels", "unet:lite-foundation")
+    alone = partial(score_test, "foundation", runs=runs)
+    results = {features: alone(controls={"": None}, features=features)["divad"] for features in kinds}
+    results["lite-features, untrained"] = alone(controls={"": "features"}, features="lite-features")["divad"]
     words = "What the map compares; the redrawn images are the same, and all layers are multiplied."
-    table = compare(results | {"lite-features, untrained": untrained}, METRICS)
-    yield "Features", words, table, ("lite-foundation", "lite-features")
+    yield "Features", words, compare(results, METRICS), ("lite-foundation", "lite-features")
 
 
 def _magnetic_tile_tables(runs: str | Path) -> Iterator[Table]:
