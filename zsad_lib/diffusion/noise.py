@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zsad_lib import store
 from zsad_lib.diffusion.loading import CONTROL_NAMES
 from zsad_lib.errors import ModelError
 
@@ -24,6 +25,9 @@ def image_noise(ids: Iterable[str], purpose: str, seed: int, shape: Sequence[int
 def to_host(tensor: Tensor) -> Tensor:
     """An ordinary float32 copy on the CPU; a tensor made under inference_mode cannot be changed in place."""
     return tensor.to("cpu", torch.float32, copy=True)
+
+
+BETAS = ("beta_schedule", "beta_start", "beta_end", "trained_betas", "num_train_timesteps", "rescale_betas_zero_snr")
 
 
 class NoisePredictor:
@@ -45,6 +49,13 @@ class NoisePredictor:
     def prediction_type(self) -> str:
         """What the U-Net predicts: "epsilon" or "v_prediction"."""
         return self.scheduler.config.prediction_type
+
+    @property
+    def betas(self) -> str:
+        """16 hex digits of what the schedule is made from, alike on every machine."""
+        return store.fingerprint(
+            [list(v) if isinstance(v, tuple) else v for v in map(self.scheduler.config.get, BETAS)]
+        )[:16]
 
     @property
     def label(self) -> str:
