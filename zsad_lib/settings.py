@@ -72,7 +72,9 @@ def _allowed(value: Any, kind: Any) -> bool:
         return isinstance(value, (tuple, list)) and all(_allowed(part, get_args(kind)[0]) for part in value)
     if kind is float:
         return type(value) in (int, float) and abs(value) <= sys.float_info.max  # neither NaN nor too large an int
-    return type(value) is kind if kind in (int, bool, str, types.NoneType) else True
+    if kind is int:
+        return type(value) is int and abs(value) < 2**63
+    return type(value) is kind if kind in (bool, str, types.NoneType) else True
 
 
 def _words(kind: Any) -> str:

@@ -80,10 +80,6 @@ class Backbone(NoisePredictor):
             )
         if not (type(vae.scaling_factor) in (int, float) and 0 < vae.scaling_factor < math.inf):
             raise ModelError(f"{self.name}: the VAE has a scaling_factor of {vae.scaling_factor!r}, not above 0")
-        if not all(type(side) is int and side > 0 for side in self.latent_shape):
-            raise ModelError(
-                f"{self.name}: the U-Net has a sample_size of {unet.sample_size!r}, not an int of 1 or more"
-            )
 
     @property
     def alphas_cumprod(self) -> Tensor:
@@ -253,7 +249,7 @@ def extend_schedule(scheduler: Any, T: int, reading: str = "rebuilt") -> Any:
     if reading not in EXTENSIONS:
         raise ModelError(f"schedule reading {reading!r} is unknown; use one of {list(EXTENSIONS)}")
     if not 2 <= T <= MAX_TIMESTEPS:
-        raise ModelError(f"a schedule needs 2 to {MAX_TIMESTEPS} timesteps, not {T}")
+        raise ModelError(f"a schedule needs at least 2 timesteps, not {T}, and at most {MAX_TIMESTEPS}")
     changes = {"num_train_timesteps": T}
     if reading == "rebuilt" and scheduler.config.trained_betas is not None:
         raise ModelError("this schedule is a list of β without a formula: only 'continued' can extend it")

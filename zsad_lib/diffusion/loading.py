@@ -46,7 +46,7 @@ def fingerprint(*modules: nn.Module) -> str:
 def _weights_digest(module):
     """SHA-256 of a module's tensors, computed again once one of them was replaced or written to."""
     tensors = dict(sorted(module.state_dict().items()))
-    state = [(name, tensor.data_ptr(), tensor._version, tensor.dtype) for name, tensor in tensors.items()]
+    state = [(name, t.data_ptr(), t._version, t.dtype, t.shape, t.stride()) for name, t in tensors.items()]
     if module not in _digests or _digests[module][0] != state:
         digest = hashlib.sha256()
         for name, tensor in tensors.items():
@@ -206,27 +206,29 @@ def read_weights(where: Location, part: str | None, cls: Any, heads: bool = Fals
         raise ModelError(
             f"{what}: the weights do not fit config.json: {'; '.join(found)}. Restore the folder or download it again"
         )
-    _check_stored(what, Path(fetch(where, part, cached_file, "config.json")).parent, model)
-    check_numbers(what, model.state_dict())
+    floats = {name: tensor for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
+    check_numbers(what, floats)
+    _check_stored(what, Path(fetch(where, part, cached_file, "config.json")).parent, tuple(floats))
     return model
 
 
-def _check_stored(what, folder, model):
-    """Refuse whole numbers in the files of a model that has floats there: they would be read as weights."""
-    floats = tuple(name for name, tensor in model.state_dict().items() if tensor.is_floating_point())
+def _check_stored(what, folder, floats):
+    """Refuse whole numbers in a model's files where it has `floats` (names): the libraries would convert them."""
     for file in folder.glob("*.safetensors"):
         with safe_open(file, "pt") as tensors:
             for name in (name for name in tensors.keys() if name.endswith(floats)):  # it may have a prefix
                 kind = tensors.get_slice(name).get_dtype()
                 if not kind.startswith(("F", "BF")):
-                    raise ModelError(f"{what}: the weights {name} are stored as {kind}, not as floats")
+                    raise ModelError(f"{what}: the weights {name} are stored as {kind}, not as floats: use other files")
 
 
 def check_numbers(what: str, tensors: Mapping[str, Tensor]) -> None:
-    """Refuse weights that are NaN or infinite."""
+    """Refuse weights that are whole numbers, NaN or infinite."""
     for name, tensor in tensors.items():
-        if not tensor.isfinite().all():
-            raise ModelError(f"{what}: the weights {name} are not all finite. Restore the folder or download it again")
+        if not (tensor.is_floating_point() and tensor.isfinite().all()):
+            raise ModelError(
+                f"{what}: the weights {name} are no finite floats. Restore the folder or download it again"
+            )
 
 
 @contextmanager

@@ -39,6 +39,9 @@ class NoisePredictor:
     control: str | None
 
     def __post_init__(self) -> None:
+        size = self.unet.config.sample_size
+        if not all(type(side) is int and side > 0 for side in (size if isinstance(size, (list, tuple)) else [size])):
+            raise ModelError(f"{self.name}: the U-Net has a sample_size of {size!r}, not an int of 1 or more")
         if self.prediction_type not in ("epsilon", "v_prediction"):
             raise ModelError(
                 f"{self.name}: prediction type {self.prediction_type!r} is not supported; "

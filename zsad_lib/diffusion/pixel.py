@@ -50,9 +50,6 @@ class PixelModel(NoisePredictor):
                 f"{self.name}: the U-Net has {config.in_channels} channels in and {config.out_channels} out; a pixel "
                 "model takes 3 (RGB) and gives 3, or 6 when it learned its variances"
             )
-        size = config.sample_size
-        if not all(type(side) is int and side > 0 for side in (size if isinstance(size, (list, tuple)) else [size])):
-            raise ModelError(f"{self.name}: the U-Net has a sample_size of {size!r}, not an int of 1 or more")
         if config.get("class_embed_type") or config.get("num_class_embeds"):
             raise ModelError(f"{self.name}: the U-Net is conditional on a class; use an unconditional one")
 
