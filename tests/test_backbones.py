@@ -2,18 +2,24 @@
 
 import json
 import shutil
+from itertools import combinations
+from pathlib import Path
 
 import pytest
 import torch
 from helpers import arrays
 from tiny import tiny_backbone, tiny_parts, tiny_scheduler
+from transformers import CLIPTokenizer
 
 from conftest import shared_path
 from zsad_lib.anomaly.features import load_features
+from zsad_lib.diffusion.guidance import load_guided, load_guided_or_plain
 from zsad_lib.diffusion.latent import Backbone, load_backbone
-from zsad_lib.diffusion.loading import fingerprint
+from zsad_lib.diffusion.loading import Location, fetch, fingerprint
 from zsad_lib.diffusion.pixel import load_pixel_model
 from zsad_lib.errors import ModelError
+
+VOCABULARY = tiny_parts()[3].get_vocab()
 
 
 @pytest.fixture
@@ -152,6 +158,158 @@ def test_fingerprint_sees_a_retrained_model():
     assert fingerprint(a) == fingerprint(b)
     b.load_state_dict({name: tensor + 1e-3 for name, tensor in a.state_dict().items()})
     assert fingerprint(a) != fingerprint(b) != fingerprint(b, a)
+
+
+def test_fingerprint_sees_every_byte():
+    """Written to in place, of another type, in another shape: never what was remembered."""
+    module = torch.nn.Linear(50, 50)
+    seen = [fingerprint(module)]
+    assert fingerprint(module) == seen[0]
+    with torch.no_grad():
+        module.weight[3, 7] += 1e-6
+    seen.append(fingerprint(module))
+    module.weight = torch.nn.Parameter(module.weight.view(25, 100))
+    seen.append(fingerprint(module))
+    seen += [fingerprint(module.half()), fingerprint(module.float())]  # the second one rounded
+    assert len(set(seen)) == 5
+
+
+def change(part, **values):
+    """A change of a part's configuration."""
+
+    def register(model):
+        getattr(model, part).register_to_config(**values)
+
+    return register
+
+
+def tokenizer(model, **changes):
+    """The model with a tokenizer of other settings."""
+    rules = json.loads(model.tokenizer.backend_tokenizer.to_str())["model"]
+    given = {"vocab": rules["vocab"], "merges": [], "pad_token": "!", "model_max_length": 24} | changes
+    model.tokenizer = CLIPTokenizer(**given)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: model.unet.conv_out.bias.add_(1e-6),
+        lambda model: model.vae.decoder.conv_out.bias.add_(1e-6),
+        lambda model: model.text_encoder.get_input_embeddings().weight[5].add_(1e-6),
+        change("vae", scaling_factor=0.91),
+        change("unet", norm_eps=1e-4),
+        lambda model: setattr(model.text_encoder.config, "hidden_act", "gelu"),
+        change("scheduler", steps_offset=0),
+        change("scheduler", prediction_type="v_prediction"),
+        change("scheduler", beta_end=0.0120001),
+        change("scheduler", trained_betas=[0.1, 0.2]),
+        lambda model: tokenizer(model, model_max_length=23),
+        lambda model: tokenizer(model, pad_token="<|endoftext|>"),
+        lambda model: tokenizer(model, merges=[("a", "b</w>")], vocab=VOCABULARY | {"ab</w>": 26}),
+        lambda model: tokenizer(model, vocab=VOCABULARY | {"a": 1, "b": 0}),
+    ],
+)
+def test_the_record_sees_every_change(change):
+    """Also such as change few numbers, or none of the weights."""
+    model = Backbone(*tiny_parts(), tiny_scheduler(), name="x")
+    before = model.config
+    model.embed(["a"])
+    tokenizer(model)
+    assert model.config == before, "what was built again is the same, and a call leaves no trace"
+    change(model)
+    assert model.config != before and json.loads(json.dumps(model.config)) == model.config
+
+
+FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0}
+UNUSABLE = {
+    "FlowMatchEulerDiscreteScheduler.* beta": ("scheduler/scheduler_config.json", lambda _: FLOW),
+    "ConsistencyScheduler.* beta": (
+        "scheduler/scheduler_config.json",
+        lambda _: {"_class_name": "ConsistencyScheduler"},
+    ),
+    "num_train_timesteps 10000": ("scheduler/scheduler_config.json", lambda c: c | {"num_train_timesteps": 10**12}),
+    "steps_offset '1'": ("scheduler/scheduler_config.json", lambda c: c | {"steps_offset": "1"}),
+    "alphas_cumprod": ("scheduler/scheduler_config.json", lambda c: c | {"beta_end": float("nan")}),
+    "scheduler cannot be read": ("scheduler/scheduler_config.json", lambda c: [c]),
+    "scaling_factor of nan": ("vae/config.json", lambda c: c | {"scaling_factor": float("nan")}),
+    "scaling_factor of '1'": ("vae/config.json", lambda c: c | {"scaling_factor": "1"}),
+    "sample_size of None": ("unet/config.json", lambda c: c | {"sample_size": None}),
+    "unet": ("unet/config.json", lambda c: c | {"block_out_channels": [0, 10**9]}),
+    "text_encoder": ("text_encoder/config.json", lambda c: c | {"num_attention_heads": 0}),
+    "tokenizer cannot be read": ("tokenizer/tokenizer.json", lambda c: [c]),
+    "tokens, its encoder 77": (
+        "tokenizer/tokenizer.json",
+        lambda c: c | {"model": c["model"] | {"vocab": c["model"]["vocab"] | {f"{k}</w>": k for k in range(77, 90)}}},
+    ),
+}
+
+
+@pytest.mark.parametrize("named", UNUSABLE)
+def test_files_that_would_be_read_as_something_else(copy, named):
+    file, change = UNUSABLE[named]
+    content = change(json.loads((copy / file).read_text()))
+    (copy / file).write_text(json.dumps(content))
+    with pytest.raises(ModelError, match=named):
+        load_backbone(copy, "cpu")
+
+
+def test_a_tokenizer_without_words_is_refused(copy):
+    """The library would make one of the special tokens alone, or one without merges."""
+    rules = json.loads((copy / "tokenizer/tokenizer.json").read_text())["model"]
+    (copy / "tokenizer/tokenizer.json").unlink()
+    for name, content in (("README.md", ""), ("vocab.json", json.dumps(rules["vocab"]))):
+        (copy / "tokenizer" / name).write_text(content)
+        with pytest.raises(ModelError, match="tokenizer.json, and vocab.json with merges.txt"):
+            load_backbone(copy, "cpu")
+    (copy / "tokenizer/merges.txt").write_text("#version: 0.2\n")
+    assert torch.equal(load_backbone(copy, "cpu").embed(["a b"]), tiny_backbone().embed(["a b"]))
+
+
+@pytest.mark.parametrize("part", ("vae", "unet", "text_encoder"))
+def test_weights_are_finite_floats(copy, part):
+    from safetensors.torch import load_file, save_file
+
+    file = next((copy / part).glob("*.safetensors"))
+    tensors = load_file(file)
+    name = sorted(tensors)[-1]
+    for values in (tensors[name].int(), tensors[name] > 0, tensors[name] * torch.nan, tensors[name] + torch.inf):
+        save_file(tensors | {name: values}, file, metadata={"format": "pt"})
+        with pytest.raises(ModelError, match=f"{part}: the weights .*{name.split('.')[-2]}.* floats"):
+            load_backbone(copy, "cpu")
+
+
+@pytest.mark.parametrize("device", ("cuda:9", "gpu", "tpu", "meta", "", 5.5))
+def test_devices_that_are_not_there(saved, device):
+    with pytest.raises(ModelError, match=f"device '{device}'.* 'cpu'"):
+        load_backbone(saved, device)
+
+
+@pytest.mark.parametrize("load", [load_backbone, load_features, load_pixel_model, load_guided, load_guided_or_plain])
+def test_paths_that_are_no_folders(load, copy, monkeypatch):
+    """A file, a name too long for the file system, a folder that may not be entered."""
+    with pytest.raises(ModelError, match="model_index.json is a file"):
+        load(copy / "model_index.json")
+    with pytest.raises(ModelError, match="too long"):
+        load("x" * 5000)
+
+    def refused(*args, **options):
+        raise PermissionError(13, "Permission denied", str(copy))
+
+    monkeypatch.setattr(Path, "is_file", refused)
+    with pytest.raises(ModelError, match="tiny cannot be read.*Permission denied"):
+        load(copy)
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RecursionError("too deep"), OSError(5, "bad\x1b[31m disk"), KeyError(1)]
+)
+def test_whatever_a_library_raises_is_one_printable_line(error):
+    def loader(source):
+        raise error
+
+    with pytest.raises(ModelError, match="here cannot be read: ") as caught:
+        fetch(Location("x", "here", local=True), None, loader)
+    assert str(caught.value).isprintable() and ": . " not in str(caught.value)
 
 
 def test_wrong_folders(copy, tmp_path):
@@ -336,6 +494,35 @@ def test_features_that_cannot_be_read(vit, copy, tmp_path):
     shutil.copy(vit / "model.safetensors", damaged)
     with pytest.raises(ModelError, match="image_mean and image_std"):
         load_features(damaged)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        [], {"size": "32"}, {"size": 0}, {"size": True}, {"size": {"width": 32}}, {"image_mean": [0.5, 0.5]},
+        {"image_mean": "0.5"}, {"image_mean": [0.5, None, 0.5]}, {"image_std": [0.5, 0.5, 0]},
+        {"image_std": [0.5, 0.5, float("nan")]}, {"image_std": {"r": 1}},
+    ],
+)  # fmt: skip
+def test_damaged_preprocessing_is_named(vit, tmp_path, changes):
+    folder = shutil.copytree(vit, tmp_path / "damaged")
+    content = {"size": 32, **PIXELS, **changes} if changes else changes
+    (folder / "preprocessor_config.json").write_text(json.dumps(content))
+    with pytest.raises(ModelError, match="preprocessor_config.json"):
+        load_features(folder, "cpu")
+
+
+def test_the_record_holds_how_features_scale_their_images(vit, saved, tmp_path):
+    seen = [load_features(vit, "cpu").config]
+    folder = shutil.copytree(vit, tmp_path / "vit")
+    for changes in ({"image_mean": [0.5, 0.4, 0.31]}, {"image_std": [0.2, 0.25, 0.51]}, {"size": 40}):
+        (folder / "preprocessor_config.json").write_text(json.dumps({"size": 32, **PIXELS, **changes}))
+        seen.append(load_features(folder, "cpu").config)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"layer_norm_eps": 1e-3}))
+    seen.append(load_features(folder, "cpu").config)
+    assert all(one != other for one, other in combinations(seen, 2))
+    assert load_features(f"unet:{saved}", "cpu").config["backbone"] == load_backbone(saved, "cpu").config
 
 
 def test_pixel_features():

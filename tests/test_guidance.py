@@ -1,5 +1,6 @@
 """zsad_lib.diffusion.guidance: the authors' network at full width (golden, opt-in), its structure at small width."""
 
+import json
 from copy import deepcopy
 from types import SimpleNamespace
 
@@ -272,6 +273,52 @@ def test_loading_never_guesses(saved, tmp_path):
         with pytest.raises(ModelError, match=named):
             guidance.load_guided(tmp_path / "other", "cpu", base=saved)
         save_file(weights, tmp_path / "other" / file)
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        ("[]", "guided.json holds no JSON object"),
+        ("{", "guided.json"),
+        ({"timesteps": None}, "guided.json: timesteps None: use an int"),
+        ({"timesteps": "1000"}, "timesteps '1000'"),
+        ({"timesteps": 10**12}, "not 1000000000000"),
+        ({"schedule": []}, "schedule .*rebuilt"),
+        ({"mode": "half"}, "mode 'half'"),
+        ({"base": 7}, "base 7"),
+    ],
+)
+def test_damaged_settings_are_named(saved, tmp_path, content, named):
+    saved_pair(tmp_path / "pair", load_backbone(saved, "cpu"))
+    file = tmp_path / "pair/guided.json"
+    if isinstance(content, dict):
+        content = json.dumps(json.loads(file.read_text()) | content)
+    file.write_text(content)
+    with pytest.raises(ModelError, match=named):
+        guidance.load_guided(tmp_path / "pair", "cpu", base=None if "base" in named else saved)
+
+
+@pytest.mark.parametrize("damage", [lambda weights: weights.int(), lambda weights: weights * torch.nan])
+def test_a_decoder_of_finite_floats_alone_is_taken(saved, tmp_path, damage):
+    from safetensors.torch import load_file, save_file
+
+    saved_pair(tmp_path / "pair", load_backbone(saved, "cpu"))
+    file = tmp_path / "pair/decoder/diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    save_file(weights | {"conv_out.bias": damage(weights["conv_out.bias"])}, file)
+    with pytest.raises(ModelError, match="pair/decoder.* conv_out.bias"):
+        guidance.load_guided(tmp_path / "pair", "cpu", base=saved)
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ModelError, match="cannot be read"):
+        guidance.load_guided(tmp_path / "pair", "cpu", base=saved)
+
+
+def test_the_record_holds_how_the_guide_scales_its_images():
+    backbone, guided = tiny_guided()
+    other = SemanticGuide.from_unet(backbone.unet, 2, hint_mean=(0.4, 0.5, 0.5))
+    other.load_state_dict(guided.guide.state_dict())
+    one, two = (GuidedModel(backbone, guide).config for guide in (guided.guide, other))
+    assert one["guide"] == two["guide"] and one != two
 
 
 SHALLOW = {"down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("CrossAttnUpBlock2D",)}

@@ -9,6 +9,7 @@ import pytest
 import torch
 from tiny import tiny_backbone, tiny_guided, tiny_pixel_model
 
+from zsad_lib import profiles
 from zsad_lib.anomaly.features import load_features
 from zsad_lib.data.image_sets import load_image_set
 from zsad_lib.data.references import normal_images
@@ -105,7 +106,7 @@ def test_the_record_holds_everything_that_changes_the_numbers(build, name):
     for option in options - UNRECORDED:
         assert build(name, **{option: changes[option]}).config != plain.config, option
     hints = {f.name: f.type for f in fields(METHODS[name])}
-    for option in (o for o in options if hints[o] is float):
+    for option in (o for o in options if getattr(hints[o], "__origin__", hints[o]) is float):
         assert build(name, **{option: 2}).config == build(name, **{option: 2.0}).config
 
 
@@ -115,20 +116,32 @@ def test_batches_that_do_not_fit(build, name):
     images = torch.rand(2, 3, method.size, method.size)
     with pytest.raises(MethodError, match="2 images came with 1 ids"):
         method.score(images, ["a"], ["nut", "nut"])
-    with pytest.raises(MethodError, match=r"\[B,3,"):
-        method.score(images[:, :2], ["a", "b"], ["nut", "nut"])
+    for part in (images[:, :2], images[0], images[:, :, :0]):
+        with pytest.raises(MethodError, match=r"\[B,3,"):
+            method.score(part, ["a"] * len(part), ["nut"] * len(part))
+    with pytest.raises(MethodError, match=r"\[B,3,.*\[0, 3,"):
+        method.score(images[:0], [], [])
+    for wrong, named in (((255 * images).byte(), "uint8"), (images.numpy(), "float32"), ([], "list")):
+        with pytest.raises(MethodError, match=f"tensor of floats.*{named}"):
+            method.score(wrong, ["a", "b"], ["nut", "nut"])
+    for value in (-0.01, 1.01, torch.nan, torch.inf):
+        spoilt = images.clone()
+        spoilt[1, 2, 0, 3] = value
+        with pytest.raises(MethodError, match=r"image 'b' .*\[0,1\]"):
+            method.score(spoilt, ["a", "b"], ["nut", "nut"])
 
 
 BAD = {
     "divad": [
-        ({"start": "unofficial"}, "'unofficial'"), ({"start_step": 18}, "18"), ({"inversion_steps": 0}, "n_steps"),
+        ({"start": "unofficial"}, "'unofficial'"), ({"start_step": 18}, "18"),
+        ({"inversion_steps": 0}, "inversion_steps 0"),
         ({"start_step": 20, "start": "matched"}, "start_step"), ({"t_latent": 160}, "t_latent=160"),
         ({"t_denoise": 592}, "t_denoise=592"), ({"posterior": "mean"}, "'mean'"),
         ({"prompt": "a {kind}"}, "{category}"), ({"prompt": "a {"}, "{category}"),
         ({"map_size": 16, "pool": 4}, "16 px"), ({"guidance_scale": "3"}, "'3'"),
     ],
     "vlmdiff": [
-        ({"start": "unofficial"}, "'unofficial'"), ({"steps": 0}, "n_steps"), ({"steps": 1001}, "n_steps"),
+        ({"start": "unofficial"}, "'unofficial'"), ({"steps": 0}, "steps 0"), ({"steps": 1001}, "n_steps"),
         ({"steps": 1000}, "1000 steps with offset 1"), ({"start_step": 10}, "start_step"),
         ({"posterior": "mean"}, "'mean'"), ({"normalisation": "none"}, "'none'"), ({"guidance_mode": "mid"}, "'mid'"),
         ({"captions": "captions.jsonl"}, "captions.jsonl"), ({"captions": lambda images: [""]}, "captions"),
@@ -137,7 +150,7 @@ BAD = {
         ({"weighting": "late-4"}, "'late-4'.*late-3"), ({"decision": "vote"}, "'vote'"),
         ({"branch": "left"}, "'left'"), ({"factor": 0.5}, "factor"), ({"map": "heat"}, "'heat'"),
         ({"t_start": 0}, "t_start=0"),
-        ({"stages": 100, "per_stage": 20}, "100 stages of 20"), ({"steps": 0}, "n_steps"), ({"seeds": 0}, "seeds"),
+        ({"stages": 100, "per_stage": 20}, "100 stages of 20"), ({"steps": 0}, "steps 0"), ({"seeds": 0}, "seeds"),
         ({"batch_size": 0}, "batch_size"), ({"multi_timestep": 1}, "multi_timestep"),
     ],
     "stein_ssim": [
@@ -159,6 +172,8 @@ BAD = {
 }  # fmt: skip
 EVERY = [({"sigma": -1}, "sigma"), ({"sigma": float("nan")}, "sigma"), ({"pool": 0}, "pool"), ({"mode": "max"}, "mode"),
          ({"map_size": 0}, "map_size"), ({"map_size": 24.5}, "map_size"), ({"seed": "one"}, "seed")]  # fmt: skip
+# of every option that is a number, named at the start of the message
+NO_NUMBERS = [{}, [], "1", True, float("nan"), float("inf"), -float("inf"), 10**400, -(10**400)]
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -168,6 +183,10 @@ def test_values_that_cannot_work(build, name):
     for options, word in BAD[name] + every:
         with pytest.raises(MethodError, match=word):
             build(name, **options)
+    for option in (key for key, value in known.items() if type(value) in (int, float)):
+        for value in NO_NUMBERS:
+            with pytest.raises(MethodError, match=f"^{option} .*: use an? (int|float)"):
+                build(name, **{option: value})
     with pytest.raises(MethodError, match=f"no option sigmma; it has: .*{next(iter(known))}="):
         build(name, sigmma=3)
 
@@ -176,6 +195,22 @@ def test_values_that_cannot_work(build, name):
 def test_methods_without_a_reference_take_none(build, name):
     with pytest.raises(MethodError, match=name):
         build(name).fit(normal_images(load_image_set("noise", "train", 5, size=16)))
+
+
+def test_wrong_references_are_refused_before_anything_is_loaded():
+    for given, named in (
+        ({"count": 0}, "count 0"), ({"count": -3}, "count -3"), ({"count": "9"}, "count '9'"),
+        ({"reference": 7}, "reference 7"), ({"reference": ["synthad"]}, "reference"),
+    ):  # fmt: skip
+        with pytest.raises(MethodError, match=f"^{named}"):
+            profiles.make("lite", "diffpath", backbone="nowhere/at/all", **given)
+    with pytest.raises(MethodError, match="limit 0"):
+        profiles.make("lite", "dzad", backbone="nowhere/at/all", limit=0)
+    for call in (profiles.crosses, profiles.smoothing, lambda name: profiles.cross_models(name, "visa")):
+        with pytest.raises(MethodError, match="'huge'; there are: lite"):
+            call("huge")
+    with pytest.raises(MethodError, match="no target nothing in profile lite"):
+        profiles.cross_models("lite", "nothing")
 
 
 # --- made by name

@@ -127,9 +127,9 @@ def test_hub_ids_are_tried_in_both_layouts(saved_pixel, monkeypatch):
         asked.append(part)
         if part:
             raise ModelError("no such subfolder")
-        return json.loads((saved_pixel / "scheduler/scheduler_config.json").read_text())
 
     monkeypatch.setattr(pixel, "fetch", fetch)
+    monkeypatch.setattr(pixel, "read_scheduler", lambda where, part, cls: asked.append(part) or cls())
     monkeypatch.setattr(pixel, "read_weights", lambda where, part, cls, **kwargs: asked.append(part) or tiny_unet())
     assert load_pixel_model("owner/ddpm", "cpu").name == "owner/ddpm"
     assert asked == ["unet", None, None]
@@ -147,10 +147,19 @@ def test_names_of_the_manifest(saved_pixel, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("file", "content", "named"),
     [
+        ("model_index.json", "[]", "model_index.json holds no JSON object"),
+        ("model_index.json", "{", "model_index.json"),
         ("model_index.json", '{"vqvae": ["diffusers", "VQModel"]}', "vqvae"),
         ("model_index.json", None, "model_index.json$"),
         ("unet/config.json", None, "unet/config.json$"),
         ("scheduler/scheduler_config.json", '{"_class_name": "ScoreSdeVeScheduler"}', "ScoreSdeVeScheduler"),
+        ("scheduler/scheduler_config.json", "[1]", "scheduler cannot be read"),
+        ("scheduler/scheduler_config.json", '{"beta_schedule": "linear", "num_train_timesteps": "9"}', "timesteps '9'"),
+        (
+            "scheduler/scheduler_config.json",
+            '{"beta_schedule": "linear", "num_train_timesteps": 1e9}',
+            "timesteps 1000",
+        ),
         ("unet/diffusion_pytorch_model.safetensors", "conv_in.weight", "1 missing .conv_in.weight"),
     ],
 )
@@ -171,11 +180,29 @@ def test_folders_that_cannot_be_read(copy, file, content, named):
 
 
 @pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: model.unet.conv_out.bias.add_(1e-6),
+        lambda model: model.unet.register_to_config(norm_eps=1e-4),
+        lambda model: model.scheduler.register_to_config(beta_end=0.02001),
+        lambda model: model.scheduler.register_to_config(rescale_betas_zero_snr=True),
+        lambda model: model.scheduler.register_to_config(prediction_type="v_prediction"),
+    ],
+)
+def test_the_record_sees_every_change(change):
+    model = PixelModel(tiny_unet(), DDPMScheduler(), "x")
+    before = model.config
+    change(model)
+    assert model.config != before and json.loads(json.dumps(model.config)) == model.config
+
+
+@pytest.mark.parametrize(
     ("unet", "schedule", "named"),
     [
         ({"in_channels": 1}, {}, "1 channels in"),
         ({"out_channels": 4}, {}, "4 out"),
         ({"num_class_embeds": 10}, {}, "class"),
+        ({"sample_size": None}, {}, "sample_size of None"),
         ({}, {"prediction_type": "sample"}, "'sample'"),
     ],
 )

@@ -11,6 +11,7 @@ from tiny import guided_model, tiny_backbone
 
 from zsad_lib.anomaly import maps
 from zsad_lib.anomaly.features import load_features
+from zsad_lib.data.captions import Captioner
 from zsad_lib.diffusion import ddim
 from zsad_lib.diffusion.guidance import MODES, GuidedModel, SemanticGuide
 from zsad_lib.diffusion.latent import Backbone
@@ -258,6 +259,12 @@ def test_captions_are_the_conditional_text(monkeypatch):
     assert torch.equal(reconstruct(images, model=model, captions=captioner), told)
     assert torch.equal(seen[0], images) and len(seen) == 1
     assert tiny_vlmdiff(model, captions=captioner).config["captions"] == {"captioner": "tiny-captioner"}
+    read = [
+        Captioner(None, None, "a", size, (0.5,) * 3, (0.5,) * 3, revision)
+        for size, revision in ((8, "x"), (8, "y"), (9, "x"))
+    ]
+    records = [tiny_vlmdiff(model, captions=one).config["captions"]["captioner"] for one in read]
+    assert [record["revision"] for record in records] == ["x", "y", "x"] and records[0] != records[2]
 
 
 def test_captions_that_are_missing():

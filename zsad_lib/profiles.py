@@ -17,6 +17,7 @@ from zsad_lib.errors import MethodError
 from zsad_lib.methods import BASELINES, CONTROLS, Method, make_method, method_options
 from zsad_lib.methods.dzad import DZAD
 from zsad_lib.papers.dzad_cross import Cross
+from zsad_lib.settings import Positive, check_value
 
 PROFILES = {
     "lite": {
@@ -140,6 +141,8 @@ def make(profile: str, method: str, random_weights: str | None = None, device: s
     """
     keys = REFERENCES.get(method, ())
     own = {key: value for key, value in (_own(load_profile(profile), method) | changed).items() if key in keys}
+    for key, value in own.items():
+        check_value(key, value, (str if key == "reference" else Positive) | None)
     given = {key: value for key, value in changed.items() if key not in keys}
     made = make_method(method, device=device, random_weights=random_weights, **profile_options(profile, method) | given)
     name = own.pop("reference", None)
@@ -181,26 +184,34 @@ def cross_models(profile: str, target: str, device: str = "auto", **changed: Any
     """{"SGSD": DZAD with the guided model of CROSS, "SD": DZAD with its base alone}, not fitted: they measure."""
     given = profile_options(profile, "dzad") | changed
     given["features"] = load_features(given["features"], device)
-    guided = load_guided(CROSS[profile][target][1], device)
+    name = _cross(profile, [target])[target][1]
+    guided = load_guided(name, device)
     if not guided.facts.get("base"):
-        raise MethodError(f"{CROSS[profile][target][1]} names no base, so there is no SD alone")
+        raise MethodError(f"{name} names no base, so there is no SD alone")
     models = {"SGSD": guided, "SD": load_backbone(guided.facts["base"], device)}
     return {name: make_method("dzad", **given | {"backbone": model}) for name, model in models.items()}
 
 
 def crosses(profile: str, targets: Iterable[str] | None = None, device: str = "auto", **changed: Any) -> list[Cross]:
     """The directions of a profile's cross protocol, or those of them asked for; changed: options of DZAD."""
-    known, batch_size = CROSS[profile], load_profile(profile)["batch_size"]
-    unknown = [target for target in targets or () if target not in known]
-    if unknown:
-        raise MethodError(f"no target {', '.join(unknown)} in profile {profile}; there are: {', '.join(known)}")
+    batch_size, chosen = load_profile(profile)["batch_size"], _cross(profile, targets)
     return [
         Cross(
             target,
-            known[target][0],
+            auxiliary,
             partial(cross_models, profile, target, device, **changed),
             partial(with_controls, profile, controls={}),
             batch_size,
         )
-        for target in (known if targets is None else targets)
+        for target, (auxiliary, _) in chosen.items()
     ]
+
+
+def _cross(profile, targets=None):
+    """The directions of CROSS for the targets, or for all."""
+    load_profile(profile)
+    known = CROSS[profile]
+    unknown = [target for target in targets or () if target not in known]
+    if unknown:
+        raise MethodError(f"no target {', '.join(unknown)} in profile {profile}; there are: {', '.join(known)}")
+    return {target: known[target] for target in (known if targets is None else targets)}

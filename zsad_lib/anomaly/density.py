@@ -32,7 +32,7 @@ def fit_mixture(
             f"{len(features)} reference images are too few for {max(components)} components and {folds} folds: give "
             "more images, or smaller components"
         )
-    mixture = GaussianMixture(max_iter=200, random_state=seed)
+    mixture = GaussianMixture(max_iter=200, random_state=seed % 2**32)  # all that it takes
     grid = {"gaussianmixture__n_components": list(components), "gaussianmixture__covariance_type": list(covariances)}
     search = GridSearchCV(make_pipeline(StandardScaler(), mixture), grid, cv=KFold(folds))
     with warnings.catch_warnings():

@@ -15,6 +15,7 @@ from zsad_lib.diffusion.loading import (
     RANDOM_SEED,
     Location,
     check_control,
+    configuration,
     fetch,
     fingerprint,
     locate,
@@ -116,7 +117,7 @@ def _unet_features(backbone: Backbone, size: int, t: int = 101) -> FeatureExtrac
         return layers
 
     weights = fingerprint(backbone.vae, backbone.unet)
-    config = {"name": f"unet:{backbone.label}", "size": size, "weights": weights}
+    config = {"name": f"unet:{backbone.label}", "size": size, "weights": weights, "backbone": backbone.config}
     name, control = f"unet:{backbone.name}", backbone.control
     return FeatureExtractor(forward, name, size, device=backbone.device, config=config, control=control)
 
@@ -154,6 +155,7 @@ def _network_features(
 
     name = where.name + CONTROL_NAMES[random_weights]
     config = {"name": name, "size": size, "layers": layers, "weights": fingerprint(model)}
+    config |= {"configuration": configuration(model), "mean": list(mean), "std": list(std)}
     return FeatureExtractor(forward, where.name, size, mean, std, device, config, random_weights)
 
 

@@ -61,6 +61,12 @@ class Captioner:
 
     prompted = False  # a prompt that is given changes nothing
 
+    @property
+    def config(self) -> dict[str, Any]:
+        """JSON-able: what changes the sentences."""
+        scale = {"size": self.size, "mean": list(self.mean), "std": list(self.std)}
+        return {"name": self.name, "revision": self.revision} | scale
+
     @torch.inference_mode()
     def __call__(self, images: torch.Tensor, prompt: str | None = None) -> list[str]:
         images = resize(images.to(self.model.device, torch.float32), self.size)
@@ -82,6 +88,12 @@ class PromptedCaptioner:
 
     prompted = True
     size = None  # every image at its own
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """JSON-able: what changes the captions."""
+        asked = {"new_tokens": self.new_tokens, "prompt": PROMPTS["objects"]}
+        return {"name": self.name, "revision": self.revision} | asked
 
     @torch.inference_mode()
     def __call__(self, images: Sequence[torch.Tensor], prompt: str = PROMPTS["objects"]) -> list[str]:

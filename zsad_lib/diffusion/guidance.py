@@ -9,9 +9,10 @@ downsampling: L·(n + 1) skips, n + 1 at every resolution (Stable Diffusion 1.5:
 """
 
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -21,9 +22,20 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from zsad_lib import store
-from zsad_lib.diffusion.latent import Backbone, extend_schedule, load_backbone
-from zsad_lib.diffusion.loading import Location, control_seed, fetch, fingerprint, locate, read_weights
+from zsad_lib.diffusion.latent import EXTENSIONS, Backbone, extend_schedule, load_backbone
+from zsad_lib.diffusion.loading import (
+    Location,
+    check_numbers,
+    configuration,
+    control_seed,
+    fetch,
+    fingerprint,
+    locate,
+    read_object,
+    read_weights,
+)
 from zsad_lib.errors import ModelError
+from zsad_lib.settings import check_value
 
 # "all" adds every skip; "only mid", what the authors train and test with, the middle and the fused deepest skips, which
 # the first decoder level reads: the other skips then act through the fusion alone
@@ -166,7 +178,8 @@ class GuidedModel:
     @property
     def config(self) -> dict:
         """JSON-able: what changes a method's numbers."""
-        return self.backbone.config | {"guide": fingerprint(self.guide), "mode": self.mode}
+        own = {"guide": fingerprint(self.guide), "guide_configuration": configuration(self.guide), "mode": self.mode}
+        return self.backbone.config | own
 
     def condition_on(self, images: Tensor) -> "GuidedBackbone":
         """The noise prediction for these images [B,3,H,W] in [0,1]."""
@@ -197,7 +210,7 @@ def load_guided(
     from transformers.utils import cached_file
 
     where = locate(name_or_path, (SETTINGS, "guide/config.json"), "semantic guidance")
-    facts = store.read_json(fetch(where, None, cached_file, SETTINGS))
+    facts = _read_facts(fetch(where, None, cached_file, SETTINGS))
     base = base or facts.get("base")
     backbone = load_backbone(base or name_or_path, device, dtype, random_weights)
     backbone.scheduler = extend_schedule(backbone.scheduler, facts["timesteps"], facts["schedule"])
@@ -206,7 +219,8 @@ def load_guided(
             guide = SemanticGuide.from_unet(backbone.unet, backbone.scale_factor.bit_length() - 1)
         return GuidedModel(backbone, guide.requires_grad_(False).eval(), facts["mode"], facts)
     if base:
-        decoder = load_file(fetch(where, None, cached_file, DECODER))
+        decoder = fetch(where, None, lambda *args, **kw: load_file(cached_file(*args, **kw)), DECODER)
+        check_numbers(f"{where.source}/{DECODER}", decoder)
         expected = {key: t.shape for key, t in backbone.unet.state_dict().items() if key.startswith(TRAINED)}
         if expected != {key: t.shape for key, t in decoder.items()}:
             raise ModelError(
@@ -217,12 +231,21 @@ def load_guided(
     return GuidedModel(backbone, _read_guide(where, backbone), facts["mode"], facts)
 
 
+def _read_facts(path):
+    """The settings of a trained pair, those that are used of the right kind."""
+    facts = read_object(path)
+    known = {"timesteps": int, "schedule": Literal[EXTENSIONS], "mode": Literal[MODES], "base": str | None}
+    for key, kind in known.items():
+        check_value(f"{path}: {key}", facts.get(key), kind, ModelError)
+    return facts
+
+
 def load_guided_or_plain(
     name_or_path: str | Path, device: str | torch.device = "auto", random_weights: str | None = None
 ) -> GuidedModel | Backbone:
     """`load_guided` of a folder that has a guide, `load_backbone` of any other model (a hub id among them)."""
     where = locate(name_or_path, (), "model")
-    guided = where.local and (Path(where.source) / SETTINGS).is_file()
+    guided = where.local and os.path.isfile(Path(where.source) / SETTINGS)  # False where it may not be read
     return (load_guided if guided else load_backbone)(name_or_path, device, random_weights=random_weights)
 
 

@@ -1,6 +1,8 @@
 """Latent diffusion of the Stable Diffusion kind: a U-Net, its autoencoder, its text encoder and a noise schedule."""
 
 import hashlib
+import json
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,13 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zsad_lib import store
 from zsad_lib.diffusion.loading import (
+    MAX_TIMESTEPS,
+    Location,
     check_control,
+    configuration,
     fetch,
     fingerprint,
     locate,
     pick_device,
     pick_dtype,
+    read_scheduler,
     read_weights,
     reinitialised,
 )
@@ -31,6 +38,7 @@ PIPELINE_FILES = (
     "tokenizer/tokenizer_config.json",
     "scheduler/scheduler_config.json",
 )
+TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"))  # the ones or the others
 EXTENSIONS = ("rebuilt", "continued")  # readings of a schedule of another length
 
 
@@ -66,6 +74,12 @@ class Backbone(NoisePredictor):
                 f"{self.name}: the U-Net attends to {unet.cross_attention_dim} text channels, the text "
                 f"encoder has {text.hidden_size}; these parts are not of one model (SDXL is not supported)"
             )
+        if len(self.tokenizer) > text.vocab_size:
+            raise ModelError(
+                f"{self.name}: the tokenizer has {len(self.tokenizer)} tokens, its encoder {text.vocab_size}"
+            )
+        if not (type(vae.scaling_factor) in (int, float) and 0 < vae.scaling_factor < math.inf):
+            raise ModelError(f"{self.name}: the VAE has a scaling_factor of {vae.scaling_factor!r}, not above 0")
 
     @property
     def alphas_cumprod(self) -> Tensor:
@@ -102,6 +116,10 @@ class Backbone(NoisePredictor):
             "prediction_type": self.prediction_type,
             "schedule": hashlib.sha256(self.scheduler.alphas_cumprod.numpy().round(6).tobytes()).hexdigest()[:8],
             "weights": fingerprint(self.vae, self.unet, self.text_encoder),
+            "configuration": configuration(self.vae, self.unet, self.text_encoder),
+            "betas": self.betas,
+            "steps_offset": self.steps_offset,
+            "tokenizer": _tokenizer_digest(self.tokenizer),
         }
 
     def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -161,6 +179,26 @@ class Backbone(NoisePredictor):
         return self._noise(out, z, times)
 
 
+def _tokenizer_digest(tokenizer):
+    """16 hex digits of the vocabulary, its merges, the special tokens and the length, without what a call leaves."""
+    rules = json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
+    return store.fingerprint([rules, tokenizer.special_tokens_map, tokenizer.model_max_length])[:16]
+
+
+def _read_tokenizer(where: Location, cls: Any) -> Any:
+    from transformers.utils import cached_file
+
+    def there(file: str) -> bool:
+        try:
+            return bool(fetch(where, "tokenizer", cached_file, file))
+        except ModelError:
+            return False
+
+    if not any(all(map(there, files)) for files in TOKENIZER_FILES):  # the library would make one without words
+        raise ModelError(f"{where.source}/tokenizer lacks tokenizer.json, and vocab.json with merges.txt")
+    return fetch(where, "tokenizer", cls.from_pretrained)
+
+
 def load_backbone(
     name_or_path: str | Path,  # a folder, a checkpoint of data_manifest.yaml or a hub id
     device: str | torch.device = "auto",  # CUDA when there is one
@@ -175,8 +213,8 @@ def load_backbone(
     device = pick_device(device)
     dtype = pick_dtype(dtype, device)
     where = locate(name_or_path, PIPELINE_FILES, "StableDiffusionPipeline")
-    scheduler = DDIMScheduler.from_config(fetch(where, "scheduler", DDIMScheduler.load_config))
-    tokenizer = fetch(where, "tokenizer", CLIPTokenizer.from_pretrained)
+    scheduler = read_scheduler(where, "scheduler", DDIMScheduler)
+    tokenizer = _read_tokenizer(where, CLIPTokenizer)
     vae = read_weights(where, "vae", AutoencoderKL, torch_dtype=torch.float32)
     unet = read_weights(where, "unet", UNet2DConditionModel, torch_dtype=dtype)
     text_encoder = read_weights(where, "text_encoder", CLIPTextModel, dtype=dtype)
@@ -210,8 +248,8 @@ def extend_schedule(scheduler: Any, T: int, reading: str = "rebuilt") -> Any:
     """
     if reading not in EXTENSIONS:
         raise ModelError(f"schedule reading {reading!r} is unknown; use one of {list(EXTENSIONS)}")
-    if T < 2:
-        raise ModelError(f"a schedule needs at least 2 timesteps, not {T}")
+    if not 2 <= T <= MAX_TIMESTEPS:
+        raise ModelError(f"a schedule needs at least 2 timesteps, not {T}, and at most {MAX_TIMESTEPS}")
     changes = {"num_train_timesteps": T}
     if reading == "rebuilt" and scheduler.config.trained_betas is not None:
         raise ModelError("this schedule is a list of β without a formula: only 'continued' can extend it")

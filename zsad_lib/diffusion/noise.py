@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zsad_lib import store
 from zsad_lib.diffusion.loading import CONTROL_NAMES
 from zsad_lib.errors import ModelError
 
@@ -26,6 +27,9 @@ def to_host(tensor: Tensor) -> Tensor:
     return tensor.to("cpu", torch.float32, copy=True)
 
 
+BETAS = ("beta_schedule", "beta_start", "beta_end", "trained_betas", "num_train_timesteps", "rescale_betas_zero_snr")
+
+
 class NoisePredictor:
     """What `Backbone` and `PixelModel` have in common: a U-Net that predicts noise or "v", and its schedule."""
 
@@ -35,6 +39,9 @@ class NoisePredictor:
     control: str | None
 
     def __post_init__(self) -> None:
+        size = self.unet.config.sample_size
+        if not all(type(side) is int and side > 0 for side in (size if isinstance(size, (list, tuple)) else [size])):
+            raise ModelError(f"{self.name}: the U-Net has a sample_size of {size!r}, not an int of 1 or more")
         if self.prediction_type not in ("epsilon", "v_prediction"):
             raise ModelError(
                 f"{self.name}: prediction type {self.prediction_type!r} is not supported; "
@@ -45,6 +52,13 @@ class NoisePredictor:
     def prediction_type(self) -> str:
         """What the U-Net predicts: "epsilon" or "v_prediction"."""
         return self.scheduler.config.prediction_type
+
+    @property
+    def betas(self) -> str:
+        """16 hex digits of what the schedule is made from, alike on every machine."""
+        return store.fingerprint(
+            [list(v) if isinstance(v, tuple) else v for v in map(self.scheduler.config.get, BETAS)]
+        )[:16]
 
     @property
     def label(self) -> str:

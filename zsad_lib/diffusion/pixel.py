@@ -12,11 +12,14 @@ from torch import Tensor
 from zsad_lib.diffusion.loading import (
     Location,
     check_control,
+    configuration,
     control_seed,
     fetch,
     fingerprint,
     locate,
     pick_device,
+    read_object,
+    read_scheduler,
     read_weights,
 )
 from zsad_lib.diffusion.noise import NoisePredictor
@@ -71,6 +74,8 @@ class PixelModel(NoisePredictor):
             "timesteps": schedule["num_train_timesteps"],
             "schedule": hashlib.sha256(json.dumps(schedule, default=list).encode()).hexdigest()[:16],
             "weights": fingerprint(self.unet),
+            "configuration": configuration(self.unet),
+            "betas": self.betas,
         }
 
     def to_pixels(self, images: Tensor) -> Tensor:
@@ -106,16 +111,14 @@ def load_pixel_model(
     unet_part, scheduler_part = ("unet", "scheduler") if _has_subfolders(where, UNet2DModel) else (None, None)
     if where.local:
         _check_folder(Path(where.source), unet_part, scheduler_part)
-    config = fetch(where, scheduler_part, DDPMScheduler.load_config)
-    if "beta_schedule" not in config:
-        raise ModelError(f"{where.name} has a {config.get('_class_name')}, which has no beta schedule; use a DDPM")
+    scheduler = read_scheduler(where, scheduler_part, DDPMScheduler)
     unet = read_weights(where, unet_part, UNet2DModel, torch_dtype=torch.float32)
     if random_weights:
         with control_seed():  # torch's own initialisation, in place
             for module in (module for module in unet.modules() if hasattr(module, "reset_parameters")):
                 module.reset_parameters()
     unet = unet.to(device).eval().requires_grad_(False)
-    return PixelModel(unet, DDPMScheduler.from_config(config), where.name, device, control=random_weights)
+    return PixelModel(unet, scheduler, where.name, device, control=random_weights)
 
 
 def _has_subfolders(where: Location, cls: Any) -> bool:
@@ -131,10 +134,8 @@ def _has_subfolders(where: Location, cls: Any) -> bool:
 
 def _check_folder(folder: Path, unet_part: str | None, scheduler_part: str | None) -> None:
     files = [f"{unet_part or '.'}/config.json", f"{scheduler_part or '.'}/scheduler_config.json"]
-    missing = [file.removeprefix("./") for file in files if not (folder / file).is_file()]
-    if missing:
-        raise ModelError(f"{folder} is not a DDPMPipeline folder: it lacks {', '.join(missing)}")
-    parts = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    locate(folder, [file.removeprefix("./") for file in files], "DDPMPipeline")
+    parts = read_object(folder / "model_index.json")
     foreign = sorted(key for key in parts if not key.startswith("_") and key not in ("unet", "scheduler"))
     if foreign:
         raise ModelError(

@@ -9,7 +9,9 @@ import torch
 from zsad_lib.anomaly import maps
 from zsad_lib.diffusion.noise import to_host
 from zsad_lib.errors import MethodError
-from zsad_lib.settings import at_least, check_settings
+from zsad_lib.settings import NotNegative, Positive, check_settings
+
+OVERSHOOT = 1e-3  # of images beyond [0,1], as rounding leaves it
 
 
 @dataclass
@@ -88,26 +90,31 @@ def plain(value: Any) -> Any:
 
 
 def check_batch(images: torch.Tensor, ids: list[str], categories: list[str], channels: tuple[int, ...] = (3,)) -> None:
-    if images.ndim != 4 or images.shape[1] not in channels:
-        raise MethodError(f"images must be [B,3,H,W], not {list(images.shape)}")
+    """Refuse what is no batch as `Method.score` takes it."""
+    if not (torch.is_tensor(images) and images.is_floating_point()):
+        kind = getattr(images, "dtype", type(images).__name__)
+        raise MethodError(f"images must be a tensor of floats in [0,1], not {kind}")
+    if images.ndim != 4 or images.shape[1] not in channels or not images.numel():
+        raise MethodError(f"images must be [B,3,H,W], at least one, not {list(images.shape)}")
     if not len(images) == len(ids) == len(categories):
         raise MethodError(f"{len(images)} images came with {len(ids)} ids and {len(categories)} categories")
+    for one, *bounds in zip(ids, *(values.tolist() for values in images.flatten(1).aminmax(dim=1)), strict=True):
+        if not all(-OVERSHOOT <= bound <= 1 + OVERSHOOT for bound in bounds):  # NaN is outside, too
+            raise MethodError(f"image {one!r} has values from {bounds[0]:.4g} to {bounds[1]:.4g}: scale it to [0,1]")
 
 
 @dataclass(kw_only=True)
 class Redrawing(Method):
     """A method that draws an image anew and compares the features of the two: DIVAD, VLMDiff."""
 
-    map_size: int | None = None  # of the map, in pixels (default: the backbone's image size, at most 256)
-    sigma: float = 5.0  # blur of the map, in its pixels; 5 is meant for 256 px
-    pool: int = 8  # the image score is the maximum after eight average pools of so many pixels; 8 is for 256 px
+    map_size: Positive | None = None  # of the map, in pixels (default: the backbone's image size, at most 256)
+    sigma: NotNegative = 5.0  # blur of the map, in its pixels; 5 is meant for 256 px
+    pool: Positive = 8  # the image score is the maximum after eight average pools of so many pixels; 8 is for 256 px
     mode: Literal["sum", "product"] = "sum"  # how the layers of the features are combined
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.map_size = min(256, self.size) if self.map_size is None else self.map_size
-        at_least(1, map_size=self.map_size)
-        at_least(0, sigma=self.sigma)
         maps.check_pools(self.map_size, self.pool)
 
     def reconstruct(self, images: torch.Tensor, ids: list[str], categories: list[str]) -> tuple[torch.Tensor, ...]:

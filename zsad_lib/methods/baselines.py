@@ -15,7 +15,7 @@ from zsad_lib.anomaly.resize import resize
 from zsad_lib.diffusion.noise import to_host
 from zsad_lib.errors import MethodError
 from zsad_lib.methods.base import Method, Scores, check_batch
-from zsad_lib.settings import at_least
+from zsad_lib.settings import NotNegative, Positive
 
 
 def contrast_map(images: torch.Tensor, context: float) -> torch.Tensor:
@@ -41,6 +41,8 @@ def patch_knn_map(images: torch.Tensor, patch: int = 7, stride: int = 2, k: int 
     [0,1], computed at the patch centres and interpolated bilinearly between them.
     """
     height, width = images.shape[-2:]
+    if patch % 2 == 0:
+        raise MethodError(f"patch_knn needs an odd patch, not {patch}")
     if patch // 2 >= min(height, width):
         raise MethodError(f"patches of {patch} px do not fit into {height}x{width} px")
     rows, columns = (torch.arange(0, n, stride, device=images.device) for n in (height, width))
@@ -73,15 +75,13 @@ def _kth_distance(queries, patches, excluded, k):
 class Baseline(Method):
     """A method that is a function from images [B,3,H,W] in [0,1] to raw maps; it runs where the images are."""
 
-    size: int = 64  # pixels: the images are brought to it, and the map has it
-    sigma: float = 1.5  # blur of the map in pixels
-    pool: int = 2  # `maps.image_score`
+    size: Positive = 64  # pixels: the images are brought to it, and the map has it
+    sigma: NotNegative = 1.5  # blur of the map in pixels
+    pool: Positive = 2  # `maps.image_score`
     control = "baseline"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least(1, size=self.size)
-        at_least(0, sigma=self.sigma)
         maps.check_pools(self.size, self.pool)
         self.raw_map(torch.zeros(1, 3, self.size, self.size))  # what cannot work fails here, not on the first batch
 
@@ -104,7 +104,7 @@ class LocalContrast(Baseline):
 
     name = "local_contrast"
 
-    context: float = 6.0  # the blur's sigma in pixels
+    context: NotNegative = 6.0  # the blur's sigma in pixels
 
     def raw_map(self, images: torch.Tensor) -> torch.Tensor:
         return contrast_map(images, self.context)
@@ -126,15 +126,9 @@ class PatchKNN(Baseline):
 
     name = "patch_knn"
 
-    patch: int = 7  # pixels, odd
-    stride: int = 2  # pixels from patch to patch
-    k: int = 5  # which neighbour counts: the k-th nearest
-
-    def __post_init__(self) -> None:
-        at_least(1, patch=self.patch, stride=self.stride, k=self.k)
-        if self.patch % 2 == 0:
-            raise MethodError(f"patch_knn needs an odd patch, not {self.patch}")
-        super().__post_init__()
+    patch: Positive = 7  # pixels, odd
+    stride: Positive = 2  # pixels from patch to patch
+    k: Positive = 5  # which neighbour counts: the k-th nearest
 
     def raw_map(self, images: torch.Tensor) -> torch.Tensor:
         return patch_knn_map(images, self.patch, self.stride, self.k)

@@ -16,6 +16,7 @@ from zsad_lib.diffusion.noise import to_host
 from zsad_lib.diffusion.pixel import PixelModel
 from zsad_lib.errors import MethodError
 from zsad_lib.methods.base import Method, Scores, check_batch
+from zsad_lib.settings import AboveZero, Positive
 
 Variant = Literal["1d", "6d"]
 COMPONENTS = (50, 100)  # of the mixture of the 6-D variant
@@ -110,14 +111,16 @@ class DiffPath(Method):
 
     backbone: PixelModel
     variant: Variant = "1d"  # which statistics: `path_statistics`
-    steps: int = 10  # K timesteps: `ddim_timesteps`
+    steps: Positive = 10  # K timesteps: `ddim_timesteps`
     clip: bool = True  # `noise_path`
-    components: tuple[int, ...] = COMPONENTS  # of the mixture of "6d", chosen by held-out likelihood
-    bandwidth: float = BANDWIDTH  # of the kernel density of "1d"
+    components: tuple[Positive, ...] = COMPONENTS  # of the mixture of "6d", chosen by held-out likelihood
+    bandwidth: AboveZero = BANDWIDTH  # of the kernel density of "1d"
     seed: int = 0  # of the mixture's initialisation
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not self.components:
+            raise MethodError("components is empty: give the sizes of the mixtures to choose from")
         ddim_timesteps(self.steps, len(self.backbone.alphas_cumprod))
 
     @torch.inference_mode()

@@ -5,6 +5,7 @@ Mirrors the authors' `ddim_inversion.py` (reconstruction) and `test.py` (map, im
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from string import Formatter
 from typing import Literal
 
 import torch
@@ -15,6 +16,7 @@ from zsad_lib.diffusion.latent import Backbone
 from zsad_lib.diffusion.noise import image_noise
 from zsad_lib.errors import MethodError
 from zsad_lib.methods.base import Redrawing, setting
+from zsad_lib.settings import NotNegative, Positive
 
 PROMPT = "An image of a {category}"
 Start = Literal["official", "matched"]
@@ -74,10 +76,10 @@ class DIVAD(Redrawing):
     backbone: Backbone
     features: FeatureExtractor
     start: Start = "official"  # which latent meets which level: `start_levels`
-    inversion_steps: int = 50  # 1 to T, of the grid that the latent climbs
-    inference_steps: int = 100  # 1 to T, of the grid that denoising descends
+    inversion_steps: Positive = 50  # up to T, of the grid that the latent climbs
+    inference_steps: Positive = 100  # up to T, of the grid that denoising descends
     start_step: int = 40  # denoising steps left out: ss of the official code
-    guidance_scale: float = 3.5  # of inversion and denoising alike; 1 halves the cost
+    guidance_scale: NotNegative = 3.5  # of inversion and denoising alike; 1 halves the cost
     prompt: str = PROMPT  # a template with {category}
     posterior: Literal["mode", "sample"] = "mode"  # of the VAE; the authors sample, with one global generator
     seed: int = 0  # of that sample, drawn for each image from its id
@@ -91,9 +93,11 @@ class DIVAD(Redrawing):
         levels = (self.inversion_steps, self.inference_steps, self.start_step, len(self.alphas_cumprod), offset)
         self.t_latent, self.t_denoise = start_levels(self.start, *levels, self.t_latent, self.t_denoise)
         try:
-            self.prompt.format(category="")
-        except (KeyError, IndexError, ValueError) as error:
-            raise MethodError(f"prompt {self.prompt!r} is no template; its only field is {{category}}") from error
+            parts = {part[1:] for part in Formatter().parse(self.prompt) if part[1] is not None}
+        except ValueError:
+            parts = {self.prompt}
+        if parts - {("category", "", None)}:  # a width of millions would fill the memory
+            raise MethodError(f"prompt {self.prompt!r:.200} is no template; its only field is {{category}}")
         self._embeddings: dict[str, torch.Tensor] = {}
 
     def embed(self, categories: list[str]) -> torch.Tensor:

@@ -34,7 +34,7 @@ from zsad_lib.methods.dzad_reading import (
     class_distances,
     join,
 )
-from zsad_lib.settings import at_least
+from zsad_lib.settings import Positive
 
 __all__ = ["BRANCHES", "DECISIONS", "DZAD", "MAPS", "Measured", "Measuring", "Reading"]
 __all__ += ["best_threshold", "branch_weights", "class_distances", "join"]
@@ -46,18 +46,17 @@ class Measuring(Method):
 
     backbone: GuidedModel | Backbone  # a plain Backbone for the ablation without guidance ("SD")
     features: FeatureExtractor
-    stages: int = 10  # N of the matrix
-    per_stage: int = 10  # M, timesteps a stage
-    seeds: int = 1  # K, noises a timestep
-    steps: int = 10  # DDIM steps of the reconstruction
+    stages: Positive = 10  # N of the matrix
+    per_stage: Positive = 10  # M, timesteps a stage
+    seeds: Positive = 1  # K, noises a timestep
+    steps: Positive = 10  # DDIM steps of the reconstruction
     t_start: int | None = None  # where it starts: the nearest level of the steps at or below it (default: the last)
     prompt: str = ""  # the paper uses none
-    map_size: int | None = None  # of every map, in pixels (default: the backbone's image size, at most 256)
-    batch_size: int = setting(16)  # cells in one network call; more no longer fit into the cache of a CPU core
+    map_size: Positive | None = None  # of every map, in pixels (default: the backbone's image size, at most 256)
+    batch_size: Positive = setting(16)  # cells in one network call; more no longer fit into the cache of a CPU core
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least(1, seeds=self.seeds, batch_size=self.batch_size, map_size=self.map_size)
         self.guided = isinstance(self.backbone, GuidedModel)
         self.latent_model = self.backbone.backbone if self.guided else self.backbone
         T, offset = len(self.latent_model.alphas_cumprod), self.latent_model.steps_offset

@@ -4,7 +4,7 @@ The paper leaves much open; each reading that was taken is named where it is mad
 """
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from sklearn.metrics import roc_curve
 
 from zsad_lib.anomaly import maps, noise_errors, weighting
 from zsad_lib.errors import MethodError
-from zsad_lib.settings import at_least, check_settings
+from zsad_lib.settings import AtLeast, NotNegative, Positive, check_settings
 
 Decision = Literal["class features", "weighted sum", "map maximum"]
 Map = Literal["two-branch", "features", "noise errors"]
@@ -112,14 +112,12 @@ class Reading:
     decision: Decision = "class features"
     map: Map = "two-branch"  # eqs. 14 and 15; both without their weights; or the error maps, weighted
     branch: Branch = "level"  # `branch_weights`
-    factor: float = 1.1  # 1 or more: how far a branch may move a place
-    sigma: float = 4.0  # blur of the map, in its pixels
-    pool: int = 8  # of the map's maximum, in pixels
+    factor: Annotated[float, AtLeast(1)] = 1.1  # how far a branch may move a place
+    sigma: NotNegative = 4.0  # blur of the map, in its pixels
+    pool: Positive = 8  # of the map's maximum, in pixels
 
     def __post_init__(self) -> None:
         check_settings(self)
-        at_least(1, factor=self.factor, pool=self.pool)
-        at_least(0, sigma=self.sigma)
 
     @property
     def needs_reference(self) -> bool:

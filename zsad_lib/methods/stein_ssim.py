@@ -24,7 +24,7 @@ from zsad_lib.diffusion.pixel import PixelModel
 from zsad_lib.errors import MethodError
 from zsad_lib.methods.base import Method, Scores, check_batch
 from zsad_lib.methods.diffpath import ddim_timesteps, noise_path, path_powers
-from zsad_lib.settings import check_settings
+from zsad_lib.settings import AboveZero, Positive, check_settings
 
 Error = Literal["denoising", "trajectory"]
 Scale = Literal["noise", "score"]
@@ -138,14 +138,12 @@ class Reading:
     decision: Decision = "sum"
     scale: Scale = "noise"  # errors of the noise, or of the score: noise over −√(1 − ᾱ_t)
     density: Density = "gmm"  # a Gaussian mixture of COMPONENTS, or a kernel density (Scott's bandwidth), standardised
-    delta: float = 0.01  # above 0
+    delta: AboveZero = 0.01  # the least similarity that "ratio" divides by
 
     def __post_init__(self) -> None:
         check_settings(self)
         if self.amplification == "joint" and self.decision == "sum":
             raise MethodError("amplification 'joint' has no sum of errors and similarities; use decision 'typicality'")
-        if self.delta <= 0:
-            raise MethodError(f"delta must be above 0, not {self.delta}")
 
     def values(self, features: Features) -> np.ndarray:
         """The amplified error of each image and timestep, float64 [N,K]; "trajectory": [N,K−1]; "joint": twice that."""
@@ -207,8 +205,8 @@ class SteinSSIM(Method):
     decision: Decision | None = None
     scale: Scale | None = None
     density: Density | None = None
-    delta: float = 0.01
-    steps: int = 10  # K timesteps of DiffPath's grid: `ddim_timesteps`
+    delta: AboveZero = 0.01
+    steps: Positive = 10  # K timesteps of DiffPath's grid: `ddim_timesteps`
     clip: bool = True  # `diffpath.noise_path`
     seed: int = 0  # of the noise, drawn for each image from its id, and of the mixture
 

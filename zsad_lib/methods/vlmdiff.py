@@ -18,6 +18,7 @@ from zsad_lib.diffusion.guidance import GuidedModel
 from zsad_lib.diffusion.noise import image_noise
 from zsad_lib.errors import MethodError
 from zsad_lib.methods.base import Redrawing, setting
+from zsad_lib.settings import NotNegative, Positive
 
 Start = Literal["official", "matched"]
 STARTS = get_args(Start)
@@ -85,9 +86,11 @@ class VLMDiff(Redrawing):
     backbone: GuidedModel
     features: FeatureExtractor
     start: Start = "official"  # which latent meets which level: `start_levels`
-    steps: int = 10  # DDIM steps; the last one ends at level 0
+    steps: Positive = 10  # DDIM steps; the last one ends at level 0
     start_step: int = 0  # steps left out; the paper leaves out none
-    guidance_scale: float = 9.0  # against the empty text, the same hint in both halves; without captions no effect
+    guidance_scale: NotNegative = (
+        9.0  # against the empty text, the same hint in both halves; without captions no effect
+    )
     captions: Any = setting(None, identity)  # None (empty text), {image id: caption}, or a captioner
     guidance_mode: Literal["only mid", "all"] | None = setting(None)  # default: as the guide was trained
     normalisation: Literal["symmetric", "imagenet"] = "symmetric"  # as the model was trained: `normalise`
