@@ -330,6 +330,7 @@ GOOD = '{"id": "a", "caption": "A bottle."}\n'
         (GOOD + "[]\n", RunError, "line 2"),
         (GOOD + '{"id": "b", "cap', RunError, "line 2"),
         (GOOD + '{"id": "b"}\n', DataError, "line 2"),
+        (GOOD + '{"id": "b", "caption": ' + "[" * 100_000 + "]" * 100_000 + "}", DataError, "line 2"),
         (GOOD + GOOD, DataError, "line 2 .*a second time"),
     ],
 )
@@ -342,6 +343,48 @@ def test_damaged_files_say_where(tmp_path, content, kind, why):
     assert str(path) in str(error.value)
     path.write_text(GOOD.strip())  # an editor may leave out the end of the last line
     assert read_captions(path) == {"a": "A bottle."}
+
+
+DEEP = '{"id": "a", "caption": ' + "[" * 100_000 + "]" * 100_000 + "}"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\x89PNG\r\n\x1a\n\0\0",
+        b"my notes",
+        b"my notes\nand more",
+        b"{",
+        b'{"name": "a", "state": "fin',
+        b'{"id": "a"}',
+        b'{"id": "a", "words": "b"}\n{"id',
+        b'{"id": 7, "caption": "A bottle."}\n',
+        b'{"id": "a", "caption": null}\n',
+        b'{"id": "a", "caption": NaN}',
+        b'[{"id": "a", "caption": "b"}]',
+        DEEP.encode(),
+    ],
+)
+def test_files_of_another_kind_stay_as_they_are(tree, tmp_path, content):
+    path = tmp_path / "mine.txt"
+    path.write_bytes(content)
+    for overwrite in (False, True):
+        with pytest.raises(DataError, match=re.escape(str(path))):
+            describe(tree, Echo(), path, overwrite=overwrite)
+        assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize("more", ["words\n", "[]", '{"id": 7}', '{"id": "b", "caption": null}\n{"id', DEEP])
+def test_a_file_is_read_before_it_is_mended(tree, tmp_path, more):
+    path = tmp_path / "c.jsonl"
+    describe(tree.select(limit=1), Echo(), path)
+    path.write_bytes(path.read_bytes() + more.encode())
+    before = path.read_bytes()
+    with pytest.raises((DataError, RunError), match=re.escape(f"line 5 of {path}")):
+        describe(tree, Echo(), path)
+    assert path.read_bytes() == before
+    describe(tree, Echo(), path, overwrite=True)
+    assert len(lines(path)) == len(tree)
 
 
 class Slow(Echo):

@@ -173,6 +173,25 @@ def test_a_checkpoint_becomes_a_folder_that_predicts_the_same(authors, tmp_path)
         convert.convert_checkpoint(path, base, tmp_path / "new")
 
 
+def test_a_folder_is_complete_or_absent(authors, tmp_path, monkeypatch):
+    base, path, *_ = authors
+    for place in ("mine", "mine/notes"):
+        (tmp_path / "mine").mkdir(exist_ok=True)
+        (tmp_path / "mine" / "notes").write_text("mine")
+        with pytest.raises(ModelError, match=f"{place} is there already"):
+            convert.convert_checkpoint(path, base, tmp_path / place)
+    assert (tmp_path / "mine" / "notes").read_text() == "mine"
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(convert.store, "write_json", full)  # the last of what is written
+    (tmp_path / "new").mkdir()  # an empty one is as good as none
+    with pytest.raises(OSError):
+        convert.convert_checkpoint(path, base, tmp_path / "new")
+    assert not list((tmp_path / "new").iterdir()) and not list(tmp_path.glob(".writing*"))
+
+
 def test_the_fine_tuned_autoencoder_takes_its_place(authors, tmp_path):
     base, path, backbone, _ = authors
     tuned = deepcopy(backbone.vae)

@@ -1,7 +1,9 @@
 """Recipes write directories that the ordinary loaders read."""
 
 import json
+import os
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +14,14 @@ from helpers import save_image, write_tree
 from tiny import tiny_backbone
 
 from conftest import ROOT
+from zsad_lib import manifest, store
 from zsad_lib.anomaly.features import load_features
 from zsad_lib.data.captions import load_captioner
 from zsad_lib.diffusion.guidance import TRAINED, load_guided
 from zsad_lib.diffusion.latent import load_backbone
-from zsad_lib.errors import TrainingError, ZsadError
+from zsad_lib.errors import RunError, TrainingError, ZsadError
 from zsad_lib.training import fit, guides, recipe
+from zsad_lib.training.cards import write_card
 from zsad_lite import synthad
 from zsad_lite.training import captioner, features, pipeline, pixel, pools, recipes
 
@@ -167,9 +171,9 @@ def test_the_captioner_learns_what_it_is_shown(in_tmp, captions):
 def test_dzad_recipe_writes_the_trained_parts_beside_their_base(in_tmp):
     """Frozen parts stay the base's, to the last bit; guide and decoder have moved; other options, another name."""
     out = recipes.train("dzad", train_on="synthad-A", timesteps=1200, pictures=8, **TINY)
-    assert out == Path("checkpoints/lite-dzad-a--per_category=1--pictures=8--timesteps=1200")
+    assert out == Path("checkpoints/lite-dzad-a--per_category=1--pictures=8--steps=2--timesteps=1200")
     card = (out / "README.md").read_text()
-    assert "zsad train lite-dzad-a --set per_category=1 --set pictures=8 --set timesteps=1200" in card
+    assert "zsad train lite-dzad-a --set per_category=1 --set pictures=8 --steps=2 --set timesteps=1200" in card
     assert f"; 8 {pools.GENERIC}" in card
     model, base = load_guided(out, "cpu"), load_backbone("lite-group-a", "cpu")
     assert len(model.backbone.alphas_cumprod) == 1200 and model.facts["train_on"] == "synthad-A"
@@ -254,12 +258,139 @@ def test_a_base_that_predicts_no_noise_is_refused():
         ("lite-dzad-a", {"timesteps": 1}, "2 timesteps"),
         ("vlmdiff", {"train_on": "synthad-A"}, "captioner=NAME"),
         ("lite-vlmdiff", {"captions": "said.jsonl"}, "drawings"),
+        ("lite-vlmdiff", {"unet_steps": 0}, "unet_steps"),
+        ("lite-foundation", {"vae_steps": 0}, "vae_steps"),
+        ("lite-foundation", {"steps": 0}, "steps 0"),
+        ("lite-foundation", {"steps": 2.5}, "steps 2.5"),
+        ("lite-foundation", {"seed": -1}, "seed .*-1"),
+        ("lite-foundation", {"per_category": 0}, "per_category 0"),
+        ("lite-foundation", {"learning_rate": -1.0}, "learning_rate -1.0"),
+        ("lite-foundation", {"learning_rate": float("nan")}, "learning_rate nan"),
+        ("lite-foundation", {"widths": (0, 1, 2)}, "widths"),
+        ("lite-foundation", {"keep": (0,)}, "keep"),
+        ("lite-dzad-a", {"pictures": -8}, "pictures -8"),
     ],
 )
 def test_options_that_cannot_work_are_refused_before_anything_is_drawn(in_tmp, name, options, message):
     with pytest.raises(ZsadError, match=message):
         recipes.train(name, device="cpu", **options)
     assert not list(Path(".").rglob("*.npz"))
+
+
+@dataclass(frozen=True)
+class Toy(recipe.Recipe):
+    """It writes its own number of steps, as a checkpoint."""
+
+    data: str | None = None
+
+    def train(self, out, work, seed, device):
+        (out / "weights").write_text(str(self.steps))
+        write_card(out, work, "toys", "A toy.", "It is one.", {})
+
+
+def toy(**options):
+    return recipe.train({"toy": Toy(3)}, "toy", device="cpu", **options)
+
+
+def content(folder):
+    return {file: file.read_bytes() for file in Path(folder).rglob("*") if file.is_file()}
+
+
+def test_every_option_is_part_of_a_variants_name(in_tmp):
+    assert [toy().name, toy(steps=3, seed=0).name] == ["toy", "toy"]
+    assert toy(steps=2, seed=1).name == "toy--seed=1--steps=2"
+    others = [toy(data=name).name for name in ("a/b", "a_b", "b", "x" * 300, "x" * 301)]
+    assert len(set(others)) == 5 and all(name.startswith("toy--data=") and len(name) < 120 for name in others)
+
+
+@pytest.mark.parametrize("place", ["folder", "folder with a card", "file"])
+def test_what_is_no_checkpoint_is_never_replaced(in_tmp, place):
+    mine = Path("mine" if place == "file" else "mine/README.md")
+    mine.parent.mkdir(exist_ok=True)
+    mine.write_text("# toy\n" if place == "folder with a card" else "my notes")
+    before = mine.read_bytes()
+    for overwrite in (False, True):
+        with pytest.raises(TrainingError, match="mine is there"):
+            toy(out="mine", overwrite=overwrite)
+    assert mine.read_bytes() == before
+
+
+def test_a_checkpoint_gives_way_to_its_own_recipe_alone(in_tmp):
+    Path("out").mkdir()  # an empty one is as good as none
+    toy(out="out")
+    for file in Path("out").glob("weights"):
+        file.write_text("old")
+    toy(out="out")
+    assert Path("out/weights").read_text() == "3"
+    before = content("out")
+    with pytest.raises(TrainingError, match="out is the checkpoint toy, not toy--steps=2"):
+        toy(out="out", steps=2)
+    assert content("out") == before
+    toy(out="out", steps=2, overwrite=True)
+    assert Path("out/weights").read_text() == "2"
+
+
+def test_a_checkpoint_that_ships_is_replaced_only_when_asked(in_tmp, monkeypatch):
+    monkeypatch.setattr(manifest, "load_manifest", lambda: {"checkpoints": {"toy": {"path": "checkpoints/toy"}}})
+    monkeypatch.setattr(manifest, "manifest_path", lambda: in_tmp / "manifest.yaml")
+    before = content(toy())
+    with pytest.raises(TrainingError, match="checkpoints/toy ships"):
+        toy()
+    assert content("checkpoints/toy") == before and toy(overwrite=True) == Path("checkpoints/toy")
+
+
+def test_a_failure_at_any_moment_leaves_the_old_checkpoint(in_tmp, monkeypatch):
+    before, replaced, replace = content(toy()), [], os.replace
+
+    def failing(*names):
+        replaced.append(names)
+        if len(replaced) == fails_at:
+            raise OSError(28, "No space left on device")
+        replace(*names)
+
+    monkeypatch.setattr(os, "replace", failing)
+    for fails_at in (1, 2):
+        replaced.clear()
+        with pytest.raises(OSError):
+            toy()
+        assert content("checkpoints/toy") == before
+    monkeypatch.undo()
+    monkeypatch.chdir(in_tmp)
+    monkeypatch.setattr(Toy, "train", lambda self, out, work, seed, device: (out / "half").write_text("") / 0)
+    with pytest.raises(TypeError):
+        toy()
+    assert content("checkpoints/toy") == before
+    assert {path.name for path in Path("checkpoints").iterdir()} <= {"toy", ".toy.lock"}
+
+
+def test_a_kill_between_the_renames_is_mended(in_tmp):
+    before = content(toy())
+    Path("checkpoints/toy").rename("checkpoints/.old-toy")
+    with pytest.raises(KeyboardInterrupt), store.writing_folder("checkpoints/toy"):
+        raise KeyboardInterrupt
+    assert content("checkpoints/toy") == before and not Path("checkpoints/.old-toy").exists()
+
+
+def test_two_processes_never_train_in_one_folder(in_tmp):
+    with store.locked("training/.toy.lock", "it"), pytest.raises(RunError, match="training/toy"):
+        toy()
+    with store.locked("checkpoints/.toy.lock", "it"), pytest.raises(RunError, match="checkpoints/toy"):
+        toy()
+
+
+def test_other_images_in_a_folder_give_other_weights(in_tmp):
+    """The states of the first training are not gone on from."""
+
+    def trained(data):
+        out = recipes.train("lite-ddpm-cifar10", "small", steps=1, device="cpu", data=data, overwrite=True)
+        return next(out.rglob("*.safetensors")).read_bytes()
+
+    for name, grey in (("data", 0), ("other", 255)):
+        save_image(in_tmp / name / "ship" / "0.png", np.full((32, 32, 3), grey, np.uint8))
+    dark, light = trained("data"), trained("other")
+    shutil.rmtree("data")
+    Path("other").rename("data")
+    assert trained("data") == light != dark
 
 
 def test_equal_weights_are_stored_once(in_tmp):

@@ -49,6 +49,27 @@ def test_a_work_folder_of_another_plan_is_refused(tmp_path):
         _fit(tmp_path, steps=5)
 
 
+def test_a_damaged_state_says_what_to_delete(tmp_path):
+    _fit(tmp_path, steps=4)
+    state = tmp_path / "line.pt"
+    for content in (state.read_bytes()[:100], state.read_bytes()[:-100], b"", b"words"):
+        state.write_bytes(content)
+        with pytest.raises(TrainingError, match=r"line\.pt is damaged"):
+            _fit(tmp_path, steps=4)
+
+
+def test_states_of_other_inputs_are_not_gone_on_from(tmp_path, capsys):
+    inputs = [np.arange(4), ["a caption"], {"weights": "x"}]
+    fit.begin(tmp_path, *inputs)
+    _fit(tmp_path, steps=4)
+    fit.begin(tmp_path, *inputs)
+    assert _fit(tmp_path, steps=4)[1] == 0 and not capsys.readouterr().out
+    for k, other in enumerate((np.arange(1, 5), ["another"], {"weights": "y"})):
+        fit.begin(tmp_path, *inputs[:k], other, *inputs[k + 1 :])
+        assert f"{tmp_path} " in capsys.readouterr().out
+        assert _fit(tmp_path, steps=4)[1] == 4
+
+
 def test_training_images_are_none_of_the_benchmarks():
     drawn = {synthad.draw("gauge", f"train/0/{k}").image.tobytes() for k in range(8)}
     good = [seed for _, defect, _, seed in synthad.layout("gauge") if defect == "good"]

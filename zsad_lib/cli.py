@@ -119,11 +119,16 @@ def train(
     seed: int = 0,
     device: Device = "auto",
     resume: Annotated[bool, Option(help="Go on from the last saved state.")] = True,
+    overwrite: Annotated[
+        bool, Option("--overwrite", help="Replace a checkpoint that ships, or another one's.")
+    ] = False,
 ) -> None:
     """Train one of the compact models of the lite profile, or semantic guidance (dzad, vlmdiff) on any dataset."""
     from zsad_lib.manifest import load_manifest
 
-    given = _given(out=out, steps=steps, data=data, train_on=train_on) | _parse_pairs(options)
+    given = _given(out=out, steps=steps, data=data, train_on=train_on, overwrite=overwrite or None) | _parse_pairs(
+        options
+    )
     recipes = pkgutil.resolve_name(load_manifest()["recipes"])
     path = recipes(name, seed=seed, device=device, resume=resume, **given)
     typer.echo(f"{name} is in {path}")

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -49,6 +50,34 @@ def writing(path: Path | str) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def writing_folder(path: Path | str) -> Iterator[Path]:
+    """An empty folder beside `path` to fill; once complete it takes the place of `path` by renames, or it vanishes.
+
+    Killed between two renames, what was at `path` is whole under .old-NAME; the next call puts it back first.
+    """
+    path = Path(path).resolve()
+    temporary, old = path.with_name(f"{WRITING}{path.name}"), path.with_name(f".old-{path.name}")
+
+    def tidy():
+        if old.exists() and not path.exists():
+            os.replace(old, path)
+        for leftover in (temporary, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+    with locked(path.with_name(f".{path.name}.lock"), str(path)):
+        tidy()
+        temporary.mkdir()
+        try:
+            yield temporary
+            os.sync()  # on disk before the old one goes
+            if path.exists():
+                os.replace(path, old)
+            os.replace(temporary, path)
+        finally:
+            tidy()
 
 
 def write_bytes(path: Path | str, content: bytes) -> None:

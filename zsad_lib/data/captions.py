@@ -4,6 +4,7 @@ VLMDiff (arXiv 2511.08173) conditions its diffusion model on such captions. A ca
 image: id, caption, model, revision, prompt, and bytes, the size of the image file.
 """
 
+import json
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,8 +21,8 @@ from zsad_lib.anomaly.resize import resize
 from zsad_lib.data.datasets import AnomalyDataset
 from zsad_lib.data.images import read_image
 from zsad_lib.diffusion.loading import fetch, locate, pick_device, preprocessing, quiet, read_weights
-from zsad_lib.errors import DataError, ModelError
-from zsad_lib.store import append_line, file_name, locked, mend_lines, read_lines
+from zsad_lib.errors import DataError, ModelError, RunError
+from zsad_lib.store import append_line, file_name, locked, mend_lines
 
 FILES = ("config.json", "generation_config.json", "preprocessor_config.json", "tokenizer_config.json")
 
@@ -205,6 +206,8 @@ def _read_processor(where, kind):
 
 # --- caption files
 
+BEGINNING = b'{"id": "'  # of a line, so also of one that a kill tore
+
 
 def caption_path(dataset: str, model: str, kind: str = "objects", out: Path | str = "runs/captions") -> Path:
     """Where `zsad caption` keeps its captions: out/DATASET-MODEL-KIND.jsonl."""
@@ -218,7 +221,7 @@ def caption_dataset(
     prompt: str | None = None,  # by default PROMPTS["objects"]; null in the file of a captioner that takes none
     batch_size: int = 8,
     progress: bool = True,
-    overwrite: bool = False,  # start the file anew
+    overwrite: bool = False,  # start the file anew; one that holds no captions stays as it is
 ) -> dict[str, str]:
     """Describe the images of a dataset into the caption file `path`; {image id: caption} in the dataset's order.
 
@@ -231,6 +234,7 @@ def caption_dataset(
     stamp = {"model": captioner.name, "revision": captioner.revision}
     stamp["prompt"] = asked if captioner.prompted else None
     with locked(path.with_name(f".{path.name}.lock"), str(path)):
+        _check_kind(path)
         if overwrite:
             path.unlink(missing_ok=True)
         said = _described(path, stamp, dataset)
@@ -290,8 +294,7 @@ def _described(path, stamp, dataset):
     """{id: caption} of the dataset's images that the file has, once it is known to be of this run."""
     if not path.exists():
         return {}
-    mend_lines(path)
-    lines, anew = _lines(path), "choose another --out, or start the file anew with --overwrite"
+    lines, anew = _lines(path, torn=True), "choose another --out, or start the file anew with --overwrite"
     for n, line in enumerate(lines.values(), 1):
         for key, value in stamp.items():
             if line.get(key) != value:
@@ -300,16 +303,50 @@ def _described(path, stamp, dataset):
     for name, image in images.items():
         if lines[name].get("bytes") != image.stat().st_size:
             raise DataError(f"{image} is not the image that {path} has described as {name}: {anew}")
+    mend_lines(path)
     return {name: lines[name]["caption"] for name in images}
 
 
-def _lines(path):
-    """{image id: its line} of a caption file, in order."""
-    lines = {}
-    for n, line in enumerate(read_lines(path), 1):
-        if not all(isinstance(line.get(key), str) for key in ("id", "caption")):
+def _check_kind(path):
+    """DataError where a file does not begin as a caption file does."""
+    if not path.exists():
+        return
+    with open(path, "rb") as file:
+        first = file.readline()
+    if not (_is_torn(first) or _is_caption(_parsed(first))):
+        raise DataError(f"{path} is no caption file and stays as it is: choose another --out")
+
+
+def _lines(path, torn=False):
+    """{image id: its line} of a caption file, in order; a `torn` last line may be left out."""
+    lines, texts = {}, path.read_bytes().split(b"\n")
+    if not texts[-1] or (torn and _is_torn(texts[-1])):
+        texts.pop()
+    for n, text in enumerate(texts, 1):
+        line = _parsed(text)
+        if not isinstance(line, dict):
+            raise RunError(f"line {n} of {path} is torn or no record: start the file anew with --overwrite")
+        if not _is_caption(line):
             raise DataError(f"line {n} of {path} is no caption: start the file anew with --overwrite")
         if line["id"] in lines:
             raise DataError(f"line {n} of {path} describes {line['id']} a second time: remove it")
         lines[line["id"]] = line
     return lines
+
+
+def _is_torn(text):
+    return BEGINNING.startswith(text[: len(BEGINNING)]) and not text.endswith(b"\n") and _parsed(text) is None
+
+
+def _is_caption(line):
+    return isinstance(line, dict) and all(isinstance(line.get(key), str) for key in ("id", "caption"))
+
+
+def _parsed(text):
+    """What a line of JSON holds; None where it is none."""
+    try:
+        return json.loads(text)
+    except RecursionError:  # nested too deeply to be read, and to be a caption
+        return {}
+    except ValueError:
+        return None

@@ -43,7 +43,7 @@ HINTS = {  # how the images are scaled that the guide was trained on
 def convert_checkpoint(
     checkpoint: str | Path,
     base: str | Path,  # the pipeline it was built on: gives configurations, tokenizer and schedule, no weights
-    out: str | Path,  # a new folder
+    out: str | Path,  # a new folder, complete or absent
     autoencoder: str | Path | None = None,  # a file of the fine-tuned autoencoder alone, in place of the checkpoint's
     hint: str = "imagenet",  # how the guide's images were scaled: "imagenet" in the authors' training, or "symmetric"
     dtype: torch.dtype = torch.float16,  # of the files written
@@ -58,17 +58,20 @@ def convert_checkpoint(
     if autoencoder:
         alone = {f"{PREFIXES['vae']}{key}": tensor for key, tensor in read_checkpoint(autoencoder).items()}
         unplaced += load_ldm(alone, vae=model.vae)
-    save_pipeline(Path(out), model.vae, model.text_encoder, model.tokenizer, model.unet, model.scheduler, dtype)
-    guide.to(dtype).save_pretrained(Path(out) / "guide")
+    parts = (model.vae, model.text_encoder, model.tokenizer, model.unet, model.scheduler)
     facts = {"mode": "only mid", "timesteps": len(model.alphas_cumprod), "schedule": "rebuilt",
              "converted_from": Path(checkpoint).name}  # fmt: skip
-    store.write_json(Path(out) / SETTINGS, facts)
+    with store.writing_folder(out) as new:
+        save_pipeline(new, *parts, dtype)
+        guide.to(dtype).save_pretrained(new / "guide")
+        store.write_json(new / SETTINGS, facts)
     return unplaced
 
 
 def check_new(out: str | Path) -> None:
-    """Whether nothing is at `out` yet."""
-    if Path(out).exists():
+    """Whether nothing is at `out` yet but an empty folder."""
+    out = Path(out)
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ModelError(f"{out} is there already: choose another folder")
 
 

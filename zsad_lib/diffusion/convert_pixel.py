@@ -12,6 +12,7 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from torch import Tensor
 
+from zsad_lib import store
 from zsad_lib.diffusion.convert import Key, check_new, fitting, read_checkpoint, unet_names
 from zsad_lib.errors import ModelError
 
@@ -48,7 +49,8 @@ def convert_pixel_checkpoint(checkpoint: str | Path, out: str | Path, preset: st
     settings = PRESETS[preset] if isinstance(preset, str) else preset
     unet, scheduler = build_unet(settings), improved_diffusion_schedule(settings)
     fill_unet(unet, read_checkpoint(checkpoint), settings.num_heads)
-    DDPMPipeline(unet, scheduler).save_pretrained(out)
+    with store.writing_folder(out) as new:
+        DDPMPipeline(unet, scheduler).save_pretrained(new)
 
 
 def build_unet(settings: ImprovedDiffusion) -> UNet2DModel:

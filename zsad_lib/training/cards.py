@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import re
 from pathlib import Path
 
 import numpy as np
@@ -43,13 +44,22 @@ def write_card(out: Path, work: Path, library: str, what: str, limits: str, fact
     machine = f"{platform.machine()} {'GPU' if torch.cuda.is_available() else 'CPU'}"
     rows["hardware"] = f"{machine}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     rows["licence"] = "Apache-2.0"
-    name = work.name.rpartition("-seed")[0]
+    command = re.sub("--(steps=|seed=)?", lambda option: f" --{option[1] or 'set '}", work.name)
     card = CARD.format(
-        name=name, command=name.replace("--", " --set "), library=library, what=what, limits=limits,
+        name=work.name, command=command, library=library, what=what, limits=limits,
         rows="\n".join(f"| {key} | {value} |" for key, value in rows.items()),
     )  # fmt: skip
     (out / "README.md").write_text(card, encoding="utf-8")
     (out / "training_log.json").write_text(json.dumps(logs) + "\n")
+
+
+def read_name(checkpoint: Path) -> str | None:
+    """The name that its card gives to a checkpoint of `zsad train`; of any other folder None."""
+    card = checkpoint / "README.md"
+    if not (card.is_file() and (checkpoint / "training_log.json").is_file()):
+        return None
+    heading = re.search(r"(?m)^# (.+)$", card.read_text(encoding="utf-8", errors="replace"))
+    return heading and heading[1]
 
 
 def read_log(checkpoint: str | Path) -> dict[str, dict]:

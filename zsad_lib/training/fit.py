@@ -1,8 +1,10 @@
 """What every training shares: the loop, which resumes where it stopped, and the losses of latent diffusion."""
 
+import hashlib
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,6 +31,20 @@ def pick(generator: torch.Generator, count: int, batch: int = 16) -> torch.Tenso
     return torch.randint(0, count, (batch,), generator=generator)
 
 
+def begin(folder: Path, *inputs: Any) -> None:
+    """Delete the states in a work folder that are not of these inputs (arrays, or JSON-able), and say so."""
+    parts = [hashlib.sha256(part).hexdigest() if isinstance(part, np.ndarray) else part for part in inputs]
+    record, key = folder / "inputs.json", store.fingerprint(parts)
+    if record.exists() and store.read_json(record) == key:
+        return
+    stale = [*folder.glob("*.pt"), *folder.glob("*.json")]
+    if stale:
+        tqdm.write(f"{folder} holds a training on other data, models or options: this one starts anew")
+    for path in stale:
+        path.unlink()
+    store.write_json(record, key)
+
+
 @torch.inference_mode()
 def encode_pool(vae: AutoencoderKL, images: np.ndarray, folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and standard deviation [N,C,h,w] of the VAE's posterior of images, uint8 [N,H,W,3]; kept in `folder`."""
@@ -40,7 +56,7 @@ def encode_pool(vae: AutoencoderKL, images: np.ndarray, folder: Path) -> tuple[t
             means.append(posterior.mean.half().cpu())
             stds.append(posterior.std.half().cpu())
         _save(kept, {"mean": torch.cat(means), "std": torch.cat(stds)})
-    stored = torch.load(kept, weights_only=True)  # with its memory layout, which the last bits of a training depend on
+    stored = _load(kept)  # with its memory layout, which the last bits of a training depend on
     return stored["mean"].float(), stored["std"].float()
 
 
@@ -160,7 +176,7 @@ def _resume(path: Path, parts: dict, plan: list[int], device: torch.device) -> t
     """(steps done, their losses, seconds) of a saved state, put into its parts; of no state, zeros."""
     if not path.exists():
         return 0, [], 0.0
-    state = torch.load(path, map_location=device, weights_only=True)
+    state = _load(path, device)
     if state["plan"] != plan:
         raise TrainingError(
             f"{path} belongs to a run of {state['plan'][0]} steps with seed {state['plan'][1]}; "
@@ -169,6 +185,14 @@ def _resume(path: Path, parts: dict, plan: list[int], device: torch.device) -> t
     for key, part in parts.items():
         part.load_state_dict(state[key])
     return state["step"], state["losses"], state["seconds"]
+
+
+def _load(path: Path, device: str | torch.device = "cpu") -> dict:
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # a torn file can raise nearly anything
+        reason = str(error).strip().split("\n")[0]
+        raise TrainingError(f"{path} is damaged ({reason}): delete it, and it is made anew") from error
 
 
 def _save(path: Path, state: dict) -> None:

@@ -20,9 +20,10 @@ from zsad_lib.data.images import load_images
 from zsad_lib.diffusion.guidance import SETTINGS, SemanticGuide, guided_unet, save_guided, trainable_parameters
 from zsad_lib.diffusion.latent import Backbone, extend_schedule, load_backbone, save_pipeline
 from zsad_lib.errors import TrainingError
+from zsad_lib.settings import NotNegative, Positive
 from zsad_lib.training.cards import write_card
-from zsad_lib.training.fit import Loss, encode_pool, fit, fit_autoencoder, latent_loss, to_tensor
-from zsad_lib.training.recipe import Recipe
+from zsad_lib.training.fit import Loss, begin, encode_pool, fit, fit_autoencoder, latent_loss, to_tensor
+from zsad_lib.training.recipe import Count, Recipe
 
 EMPTY = 0.2  # share of the training texts: test time needs the empty prompt, as text or to be guided away from
 Texts = Callable[[torch.Tensor, torch.Generator], torch.Tensor]  # (chosen [B], generator) -> embeddings [B,L,D]
@@ -54,7 +55,7 @@ class GuideRecipe(Recipe):
     train_on: str | None = None  # a data set: the normal images of its training split
     root: str | Path | None = None  # its folder (default: data/NAME)
     base: str = "stable-diffusion-1.5"  # the pipeline it starts from
-    learning_rate: float = 1e-5
+    learning_rate: NotNegative = 1e-5
     mode: Literal["only mid", "all"] = "only mid"  # which of the guide's results are added: see guidance.guided_unet
     initialisation: Literal["published", "trainable"] = "trainable"  # of the fusion: see guidance.FeatureFusion
 
@@ -71,13 +72,14 @@ class GuideRecipe(Recipe):
 class DZADRecipe(GuideRecipe):
     """DZAD's semantic guidance, from normal images of an auxiliary set, without prompts."""
 
-    timesteps: int = 1000  # of the training schedule
+    timesteps: Positive = 1000  # of the training schedule
     schedule: Literal["rebuilt", "continued"] = "rebuilt"  # how it is extended to them: see latent.extend_schedule
 
     def train(self, out: Path, work: Path, seed: int, device: torch.device) -> None:
         backbone = load_backbone(self.base, device, torch.float32)
         levels = extend_schedule(backbone.scheduler, self.timesteps, self.schedule).alphas_cumprod
         images = self.images(work, backbone.image_size, seed)
+        begin(work, repr(self), images.pixels, backbone.config)
         text = backbone.embed([""])
         loss = denoiser_loss(work, backbone, images, lambda chosen, _: text.expand(len(chosen), -1, -1), levels)
         model = fit_guide(self, backbone, loss, work, seed)
@@ -101,22 +103,27 @@ class VLMDiffRecipe(GuideRecipe):
 
     captioner: str | None = None  # what describes the images, where there is no file of captions
     captions: str | None = None  # of `zsad caption DATASET --split train`, which can be interrupted
-    vae_steps: int = 0  # stage 1 of the paper: the autoencoder is fine-tuned on the images first
-    widths: tuple[int, ...] | None = None  # a new U-Net of these takes the place of the base's
-    unet_steps: int = 0  # how long that is trained, with the base's text encoder
+    vae_steps: Count = 0  # stage 1 of the paper: the autoencoder is fine-tuned on the images first
+    widths: tuple[Positive, ...] | None = None  # a new U-Net of these takes the place of the base's
+    unet_steps: Count = 0  # how long that is trained, with the base's text encoder
 
     def check(self) -> None:
         super().check()
         if not (self.captioner or self.captions):
             raise TrainingError("this recipe needs a captioner: --set captioner=NAME, or captions=FILE of zsad caption")
+        if self.widths and not self.unet_steps:
+            raise TrainingError("a U-Net of other widths starts untrained: --set unet_steps=NUMBER trains it first")
 
     def train(self, out: Path, work: Path, seed: int, device: torch.device) -> None:
         backbone = load_backbone(self.base, device, torch.float32)
         images = self.images(work, backbone.image_size, seed)
         if self.captions:
             captions = captions_of_file(self.captions, images.ids)
+            begin(work, repr(self), images.pixels, backbone.config, captions)
         else:
-            captions = captions_of_model(self.captioner, images.pixels, work, device)
+            captioner = load_captioner(self.captioner, device)
+            begin(work, repr(self), images.pixels, backbone.config, captioner.revision)
+            captions = captions_of_model(captioner, images.pixels, work)
         if self.vae_steps:
             vae = fit_autoencoder(backbone.vae.requires_grad_(True), images.pixels, work, self.vae_steps, seed, 1e-4)
             backbone.vae.load_state_dict(vae.state_dict())  # the scaling factor stays
@@ -185,11 +192,10 @@ def fit_guide(recipe: GuideRecipe, backbone: Backbone, loss: Loss, work: Path, s
 # --- of VLMDiff alone -----------------------------------------------------------------------------------------------
 
 
-def captions_of_model(captioner: str, images: np.ndarray, work: Path, device: torch.device) -> list[str]:
+def captions_of_model(describe: Callable, images: np.ndarray, work: Path) -> list[str]:
     """What a captioner says of every image, uint8 [N,H,W,3]; kept in `work`."""
     kept = work / "captions.json"
     if not kept.exists():
-        describe = load_captioner(captioner, device)
         batches = np.array_split(images, max(1, len(images) // 64))
         said = [describe((to_tensor(batch) + 1) / 2) for batch in tqdm(batches, desc="captioning", unit="batch")]
         store.write_json(kept, [caption for batch in said for caption in batch])

@@ -6,8 +6,6 @@ seeds that start with "train"; the benchmark's own start with "test", so no mode
 """
 
 import json
-import os
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +14,7 @@ import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
 
+from zsad_lib import store
 from zsad_lib.errors import DataError
 from zsad_lite.synthad import objects, textures
 from zsad_lite.synthad.canvas import Canvas, Dice, photograph
@@ -98,19 +97,17 @@ def export(root: str | Path, size: int = 64) -> Path:
         return root
     if root.exists():
         raise DataError(f"{root} exists and is not synthad; choose another folder or delete it")
-    partial = root.with_name(f".{root.name}.partial-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
     lines = []
-    for category in tqdm(CATEGORIES, desc="drawing synthad", unit="category"):
-        for split, defect, index, seed in layout(category):
-            drawing = draw(category, seed, defect, size)
-            file = f"{category}/{split}/{defect}/{index:03d}.png"
-            _save(partial / file, drawing.image)
-            if defect != "good":
-                _save(partial / category / "ground_truth" / defect / f"{index:03d}_mask.png", drawing.mask)
-            lines.append({"file": file, "caption": drawing.caption, **drawing.words})
-    (partial / "attributes.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    os.replace(partial, root)
+    with store.writing_folder(root) as new:
+        for category in tqdm(CATEGORIES, desc="drawing synthad", unit="category"):
+            for split, defect, index, seed in layout(category):
+                drawing = draw(category, seed, defect, size)
+                file = f"{category}/{split}/{defect}/{index:03d}.png"
+                _save(new / file, drawing.image)
+                if defect != "good":
+                    _save(new / category / "ground_truth" / defect / f"{index:03d}_mask.png", drawing.mask)
+                lines.append({"file": file, "caption": drawing.caption, **drawing.words})
+        (new / "attributes.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return root
 
 

@@ -14,8 +14,9 @@ from transformers import (
     VisionEncoderDecoderModel,
 )
 
+from zsad_lib.settings import Positive
 from zsad_lib.training.cards import write_card
-from zsad_lib.training.fit import fit, pick, to_tensor
+from zsad_lib.training.fit import begin, fit, pick, to_tensor
 from zsad_lib.training.recipe import Recipe
 from zsad_lite.training.features import write_preprocessor
 from zsad_lite.training.pipeline import MAX_TOKENS
@@ -51,10 +52,11 @@ class CaptionerRecipe(Recipe):
     """A vision encoder-decoder that writes a drawing's caption."""
 
     categories: tuple[str, ...]
-    per_category: int  # drawings of each
+    per_category: Positive  # drawings of each
 
     def train(self, out: Path, work: Path, seed: int, device: torch.device) -> None:
         images, captions = draw_pool(work, self.categories, self.per_category, seed)
+        begin(work, repr(self), images, captions)
         tokenizer = build_word_tokenizer(captions)
         ids = tokenizer([c + tokenizer.eos_token for c in captions], padding=True, return_tensors="pt").input_ids
         labels = ids.masked_fill(ids == tokenizer.pad_token_id, -100)  # -100: left out of the loss

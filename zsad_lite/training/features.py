@@ -14,8 +14,9 @@ from transformers import ResNetConfig, ResNetModel
 from zsad_lib import store
 from zsad_lib.diffusion import ddim
 from zsad_lib.diffusion.latent import Backbone, load_backbone
+from zsad_lib.settings import Positive
 from zsad_lib.training.cards import write_card
-from zsad_lib.training.fit import fit, pick, to_tensor
+from zsad_lib.training.fit import begin, fit, pick, to_tensor
 from zsad_lib.training.recipe import Recipe
 from zsad_lite.training.pipeline import require_pipeline
 from zsad_lite.training.pools import draw_pool
@@ -83,7 +84,7 @@ class FeaturesRecipe(Recipe):
     """A small ResNet trained without labels, on normal images and their redrawings: see `place_loss`."""
 
     categories: tuple[str, ...]
-    per_category: int  # drawings of each
+    per_category: Positive  # drawings of each
     pipeline: str  # the folder of the pipeline whose redrawings the features will be used on
 
     def check(self) -> None:
@@ -92,6 +93,7 @@ class FeaturesRecipe(Recipe):
     def train(self, out: Path, work: Path, seed: int, device: torch.device) -> None:
         images, captions = draw_pool(work, self.categories, self.per_category, seed, max(1, self.per_category // 8))
         redrawn = redraw_pool(load_backbone(self.pipeline, device), images, captions, work)
+        begin(work, repr(self), images, redrawn)
 
         def loss(m, generator):
             chosen = pick(generator, len(images)).numpy()

@@ -6,8 +6,10 @@ from pathlib import Path
 import numpy as np
 
 from zsad_lib.errors import TrainingError
+from zsad_lib.settings import Positive
 from zsad_lib.training import guides
 from zsad_lib.training.guides import TrainingImages
+from zsad_lib.training.recipe import Count
 from zsad_lite import synthad
 from zsad_lite.training.pools import GENERIC, draw_pool
 
@@ -16,7 +18,7 @@ DRAWN = {"synthad": tuple(synthad.CATEGORIES), **{f"synthad-{g}": names for g, n
 
 @dataclass(frozen=True)
 class _Drawn(guides.GuideRecipe):
-    per_category: int = 1600  # drawings of each, where train_on is one of DRAWN
+    per_category: Positive = 1600  # drawings of each, where train_on is one of DRAWN
 
     def check(self) -> None:
         if self.train_on is None:
@@ -34,7 +36,7 @@ class _Drawn(guides.GuideRecipe):
 
 @dataclass(frozen=True)
 class DrawnDZAD(_Drawn, guides.DZADRecipe):
-    pictures: int = 0  # of no product, mixed in so that a small decoder does not forget what it knew of them
+    pictures: Count = 0  # of no product, mixed in so that a small decoder does not forget what it knew of them
 
     def images(self, work: Path, size: int, seed: int) -> TrainingImages:
         images = super().images(work, size, seed)

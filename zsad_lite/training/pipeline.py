@@ -14,10 +14,11 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from zsad_lib.diffusion.latent import load_backbone
 from zsad_lib.errors import TrainingError
+from zsad_lib.settings import NotNegative, Positive
 from zsad_lib.training.cards import write_card
-from zsad_lib.training.fit import encode_pool, fit, fit_autoencoder, latent_loss
+from zsad_lib.training.fit import begin, encode_pool, fit, fit_autoencoder, latent_loss
 from zsad_lib.training.guides import save_pipeline
-from zsad_lib.training.recipe import Recipe
+from zsad_lib.training.recipe import Count, Recipe
 from zsad_lite.training.pools import GENERIC, PHOTOGRAPHS, draw_pool
 
 MAX_TOKENS = 32
@@ -133,32 +134,36 @@ class PipelineRecipe(Recipe):
     """A text-conditioned latent diffusion pipeline on normal drawings and on photographs."""
 
     categories: tuple[str, ...]
-    per_category: int  # drawings of each
-    vae_steps: int = 0
+    per_category: Positive  # drawings of each
+    vae_steps: Count = 0
     autoencoder: str | None = None  # a pipeline whose autoencoder is kept as it is; without it one is trained
     tokenizer: str | None = None  # kept where it exists, so that a rerun numbers the words as the shipped model does
-    widths: tuple[int, ...] = (96, 128, 128)
-    attention_levels: int = 2
-    pictures: int = 0  # of no product, mixed in under the empty prompt
-    surfaces: int = 0  # bare ones, likewise
-    learning_rate: float = 5e-4
-    ema_decay: float = 0.995
-    keep: tuple[int, ...] = ()  # steps after which the average is kept besides
+    widths: tuple[Positive, ...] = (96, 128, 128)
+    attention_levels: Count = 2
+    pictures: Count = 0  # of no product, mixed in under the empty prompt
+    surfaces: Count = 0  # bare ones, likewise
+    learning_rate: NotNegative = 5e-4
+    ema_decay: NotNegative = 0.995
+    keep: tuple[Positive, ...] = ()  # steps after which the average is kept besides
 
     def check(self) -> None:
         if self.autoencoder:
             require_pipeline(self.autoencoder)
+        elif not self.vae_steps:
+            raise TrainingError("no autoencoder: --set vae_steps=NUMBER trains one, --set autoencoder=FOLDER keeps one")
 
     def train(self, out: Path, work: Path, seed: int, device: torch.device) -> None:
         photos = max(1, self.per_category // 8)
         images, captions = draw_pool(
             work, self.categories, self.per_category, seed, photos, pictures=self.pictures, surfaces=self.surfaces
         )
-        vae, pool = self._encoded(images, work, seed, device)
         if self.tokenizer and Path(self.tokenizer).is_dir():
             tokenizer = CLIPTokenizer.from_pretrained(self.tokenizer)
         else:
             tokenizer = build_tokenizer(captions, work / "tokenizer")
+        kept = load_backbone(self.autoencoder, device) if self.autoencoder else None
+        begin(work, repr(self), images, captions, tokenizer.get_vocab(), kept and kept.config)
+        vae, pool = self._encoded(kept, images, work, seed, device)
         scheduler = build_scheduler()
         torch.manual_seed(seed)
         model = TextToNoise(build_text_encoder(tokenizer), build_unet(self.widths, self.attention_levels)).to(device)
@@ -176,11 +181,10 @@ class PipelineRecipe(Recipe):
         save_pipeline(out, vae, model.text_encoder, tokenizer, model.unet, scheduler)
         self._write_card(out, work, len(images))
 
-    def _encoded(self, images, work, seed, device):
+    def _encoded(self, kept, images, work, seed, device):
         """The autoencoder, and the posteriors of the images."""
-        if self.autoencoder:
-            vae = load_backbone(self.autoencoder, device).vae
-            return vae, encode_pool(vae, images, work)
+        if kept:
+            return kept.vae, encode_pool(kept.vae, images, work)
         torch.manual_seed(seed)
         vae = fit_autoencoder(build_vae().to(device), images, work, self.vae_steps, seed, 1.5e-3)
         mean, std = encode_pool(vae, images, work)

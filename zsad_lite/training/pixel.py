@@ -12,8 +12,8 @@ from zsad_lib.data.datasets import load_dataset
 from zsad_lib.data.images import load_images
 from zsad_lib.errors import TrainingError
 from zsad_lib.training.cards import write_card
-from zsad_lib.training.fit import denoising_loss, fit, pick, to_tensor
-from zsad_lib.training.recipe import Recipe
+from zsad_lib.training.fit import begin, denoising_loss, fit, pick, to_tensor
+from zsad_lib.training.recipe import Count, Recipe
 from zsad_lite.training.pools import draw_pool
 
 
@@ -43,7 +43,7 @@ class PixelRecipe(Recipe):
     """An unconditional DDPM."""
 
     categories: tuple[str, ...] = ()  # to draw
-    per_category: int = 0  # drawings of each
+    per_category: Count = 0  # drawings of each
     data: str | Path | None = None  # or a folder of images
 
     def check(self) -> None:
@@ -57,6 +57,7 @@ class PixelRecipe(Recipe):
         else:
             images, _ = draw_pool(work, self.categories, self.per_category, seed, size=32)
             source = f"{self.per_category} drawings of each of {', '.join(self.categories)}"
+        begin(work, repr(self), images)
         scheduler = DDPMScheduler()  # the linear schedule of Ho et al.: beta from 1e-4 to 0.02 over 1000 timesteps
         alphas_cumprod = scheduler.alphas_cumprod.to(device)
 

@@ -12,6 +12,7 @@ from skimage import data as photographs
 from tqdm.auto import tqdm
 
 from zsad_lib import store
+from zsad_lib.errors import TrainingError
 from zsad_lite import synthad
 from zsad_lite.synthad import pictures as generic
 
@@ -68,6 +69,8 @@ def draw_pool(
     jobs += [(photograph_crops, name, photos) for name in PHOTOGRAPHS if photos]
     jobs += [(_draw_pictures, part, pictures // 8) for part in range(8) if pictures >= 8]
     jobs += [(_draw_surfaces, part, surfaces // 8) for part in range(8) if surfaces >= 8]
+    if not jobs:
+        raise TrainingError("no image to train on: name categories, or ask for 8 pictures or more")
     jobs = [(draw, name, seed, count, size) for draw, name, count in jobs]
     key = store.fingerprint([(draw.__name__, *parameters) for draw, *parameters in jobs])
     pool = store.kept(folder / "pool.npz", key, lambda: _draw(jobs))
