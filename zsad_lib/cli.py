@@ -320,7 +320,7 @@ def caption(
     split: Annotated[Literal["test", "train", "both"], Option(help="Which images.")] = "test",
     category: Categories = [],
     limit: Limit = None,
-    batch_size: Annotated[int, Option(help="Images at a time.")] = 8,
+    batch_size: Annotated[int, Option(min=1, help="Images at a time.")] = 8,
     out: Annotated[
         Path | None, Option(help="The file (default: runs/captions/DATASET-MODEL-PROMPTTYPE.jsonl).")
     ] = None,
@@ -352,7 +352,9 @@ def caption(
 
 
 def _markdown(table: Any) -> str:
-    return table.reset_index().to_markdown(index=False)
+    from zsad_lib.evaluation.tables import markdown
+
+    return markdown(table.reset_index(), index=False)
 
 
 def _write(folder: Path, numbers: Any, tables: dict[str, Any]) -> None:
@@ -360,7 +362,7 @@ def _write(folder: Path, numbers: Any, tables: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     numbers.to_csv(folder / "aurocs.csv", index=False)
     for name, table in tables.items():
-        (folder / f"{name}.md").write_text(_markdown(table) + "\n", encoding="utf-8")
+        (folder / f"{name}.md").write_text(_markdown(table) + "\n", encoding="utf-8", errors="replace")
 
 
 @app.command()

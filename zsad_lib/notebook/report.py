@@ -149,7 +149,7 @@ def write_index(
     templates = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True)
     page = templates.get_template("page.html.jinja")
     text = page.render(profile=profile, provenance=facts, sections=sections, notes=notes)
-    (out / "index.html").write_text(text, encoding="utf-8", errors="backslashreplace")  # names that are not UTF-8
+    (out / "index.html").write_text(text, encoding="utf-8", errors="replace")
     return out / "index.html"
 
 
