@@ -392,8 +392,8 @@ def test_exit_codes_are_documented():
         ["ood", "--test", "-3"],
         ["dzad", "--reference-limit", "0"],
         ["report", "--seed", str(2**32)],
-        ["score", "--set", "sigma=NaN"],
-        ["score", "--set", "sigma=[1, -Infinity]"],
+        ["train", "nothing", "--set", "sigma=NaN"],
+        ["train", "nothing", "--set", "sigma=[1, -Infinity]"],
     ],
 )
 def test_numbers_that_have_no_meaning_are_refused(monkeypatch, words):
