@@ -1,5 +1,4 @@
 import json
-import os
 import sys
 import types
 import warnings
@@ -308,13 +307,6 @@ def test_plain_folder_has_no_truth(tmp_path):
     refused("folder", None, "root=")
 
 
-def test_names_that_are_not_utf8_are_carried(tmp_path):
-    path = tmp_path / os.fsdecode(b"\xff.png")
-    save_image(path, COLOUR)
-    (sample,) = load_dataset("folder", tmp_path)
-    assert sample.id.endswith("/\udcff") and read_image(sample.image_path).shape == (3, 2, 3)
-
-
 def test_a_folder_that_may_not_be_read_is_named(mvtec, monkeypatch):
     listed = Path.iterdir
 
@@ -428,12 +420,10 @@ def test_real_iad_errors(tmp_path):
         ('{"train": [], "test": [{"image_path": "a.jpg", "anomaly_class": "../OK"}]}', "anomaly_class"),
         ('{"train": [], "test": [{"image_path": "a.jpg", "anomaly_class": "OK", "mask_path": 7}]}', "mask_path"),
         ('{"train": [], "test": ' + "[" * 100_000, "must be JSON"),
-        (b"\xff", "must be JSON"),
     ],
 )
 def test_broken_lists_are_named(tmp_path, content, message):
-    content = content if isinstance(content, bytes) else content.encode()
-    (real_iad_tree(tmp_path) / "realiad_jsons" / "zipper.json").write_bytes(content)
+    (real_iad_tree(tmp_path) / "realiad_jsons" / "zipper.json").write_text(content)
     refused("real_iad", tmp_path, rf"zipper\.json .*{message}")
 
 
@@ -454,7 +444,7 @@ def test_lists_do_not_lead_out_of_their_root(tmp_path, key, text):
     refused("real_iad", root, rf"zipper\.json lists .*\.png, which is not below {root}")
 
 
-@pytest.mark.parametrize("change", [{"anomaly": "0"}, {"anomaly": None}, {"specie_name": "a/b"}, {"img_path": None}])
+@pytest.mark.parametrize("change", [{"anomaly": "0"}, {"anomaly": None}, {"specie_name": "a/b"}])
 def test_mistyped_entries_of_coco_ad_are_shown(tmp_path, change):
     meta = coco_ad_tree(tmp_path, splits=(2,)) / "meta_20_2.json"
     content = json.loads(meta.read_text())

@@ -110,7 +110,6 @@ def test_unknown_names_list_the_known_ones(small):
 
 
 MISTYPED = {  # the end of a manifest: what its message names
-    "[]": "no section `datasets:`",
     "{datasets: {}, checkpoints: {net: weights}}": "`net`",
     "{datasets: {tiles: {title: a}}, checkpoints: {}}": "`tiles` .*licence, layout, fetch",
     "{datasets: {tiles: {title: [a], licence: b, layout: c, fetch: d}}, checkpoints: {}}": "`tiles` .*title",
