@@ -60,6 +60,11 @@ def test_names_stay_text_in_every_form_of_a_table(tmp_path, monkeypatch):
     assert shown == [r"*100 % of a_b \<script>\`x\` [y]\(javascript:1) \$z\$*"]
 
 
+def test_no_cell_of_a_csv_file_is_a_formula(tmp_path):
+    plots.Gallery("x", tmp_path).table("t", pd.DataFrame({"a": ["=1+1", "b"]}), "")
+    assert (tmp_path / "tables/x_t.csv").read_text().splitlines() == [",a", "0,'=1+1", "1,b"]
+
+
 # --- pictures and maps
 
 

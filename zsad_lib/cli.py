@@ -359,8 +359,11 @@ def _markdown(table: Any) -> str:
 
 def _write(folder: Path, numbers: Any, tables: dict[str, Any]) -> None:
     """The numbers as aurocs.csv, each table as a Markdown file."""
+    from zsad_lib import store
+
     folder.mkdir(parents=True, exist_ok=True)
-    numbers.to_csv(folder / "aurocs.csv", index=False)
+    text = store.csv_text(numbers, index=False)
+    (folder / "aurocs.csv").write_text(text, encoding="utf-8", errors="replace")
     for name, table in tables.items():
         (folder / f"{name}.md").write_text(_markdown(table) + "\n", encoding="utf-8", errors="replace")
 
@@ -384,6 +387,7 @@ def evaluate(
     bootstrap intervals, as columns. Runs over the same images of a dataset stand together."""
     import pandas as pd
 
+    from zsad_lib import store
     from zsad_lib.evaluation.labels import find_runs, grouped
     from zsad_lib.evaluation.tables import evaluate_runs, tabulate
 
@@ -397,7 +401,7 @@ def evaluate(
         notes += tables[title].attrs["notes"]
     if format == "csv":
         numbers = pd.concat(numbers, names=["dataset", None]).reset_index("dataset")
-        say(*numbers.to_csv(index=False).splitlines())
+        say(*store.csv_text(numbers, index=False).splitlines())
         return
     table = pd.concat(tables, names=["dataset"])
     notes.append(f"percent [95 % bootstrap interval], {variant} metrics; the mean over categories")

@@ -57,7 +57,7 @@ class Gallery:
         if self.out:
             target = self.out / "tables" / self._record("table", name, caption)
             latex = frame.to_latex(escape=True, caption=caption.translate(LATEX), label=f"tab:{target.name}")
-            written = {"csv": frame.to_csv(), "md": markdown(frame) + "\n", "tex": latex}
+            written = {"csv": store.csv_text(frame), "md": markdown(frame) + "\n", "tex": latex}
             for suffix, text in {**written, "html": page_table(frame, f"table-{target.name}")}.items():
                 Path(f"{target}.{suffix}").write_text(text, encoding="utf-8", errors="replace")
         _show(frame, caption)
