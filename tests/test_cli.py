@@ -1,4 +1,6 @@
 import json
+import os
+import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from helpers import save_image, write_tree
+from helpers import forked, save_image, write_tree
 from typer.testing import CliRunner
 
 from conftest import shared_path
@@ -70,6 +72,14 @@ def tree(tmp_path, monkeypatch):
     )
     monkeypatch.chdir(tmp_path)
     return write_tree(tmp_path / "tree", per_class=4)
+
+
+@pytest.fixture(autouse=True)
+def own_signals():
+    """`cli.main` leaves its handler behind."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
 
 
 def invoke(*words, code=0):
@@ -331,6 +341,83 @@ def test_known_errors_are_one_line_and_exit_2(monkeypatch, capsys, tmp_path, wor
     assert message in errors and "Traceback" not in errors and len(errors.strip().splitlines()) == 1
 
 
+FAILURES = [
+    (OSError(28, "No space left on device", "runs/a"), 2, "No space left on device: 'runs/a'"),
+    (EOFError("Ran out of input"), 2, "Ran out of input"),
+    (RecursionError("too deep"), 2, "RecursionError: too deep"),
+    (RunError("a\nb \x1b[2J\u202e\udcff"), 2, "zsad: a b ?[2J??"),
+    (KeyboardInterrupt(), 130, "zsad: stopped"),
+]
+
+
+@pytest.mark.parametrize(("error", "code", "words"), FAILURES)
+def test_every_failure_is_one_line_and_has_its_exit_code(monkeypatch, capsys, error, code, words):
+    def fail():
+        raise error
+
+    monkeypatch.setattr("zsad_lib.manifest.load_manifest", fail)
+    monkeypatch.setattr(sys, "argv", ["zsad", "data", "list"])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    errors = capsys.readouterr().err
+    assert stop.value.code == code and words in errors and len(errors.splitlines()) == 1
+
+
+def end_oneself():
+    cli.app = lambda: os.kill(os.getpid(), signal.SIGTERM)
+    cli.main()
+
+
+def test_sigterm_is_an_exception_with_its_own_exit_code():
+    process = forked(end_oneself)
+    process.join()
+    assert process.exitcode == 143
+
+
+def test_exit_codes_are_documented():
+    words = " ".join(invoke("--help").split())
+    assert "0 done, 1 found bad" in words and "2 asked wrongly" in words and "143 by SIGTERM" in words
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["score", "--batch-size", "0"],
+        ["score", "--limit", "-1"],
+        ["caption", "synthad", "--batch-size", "0"],
+        ["train", "lite-foundation", "--steps", "0"],
+        ["train", "lite-foundation", "--seed", "-1"],
+        ["evaluate", "--bootstrap", "-1"],
+        ["ood", "--train", "0"],
+        ["ood", "--test", "-3"],
+        ["dzad", "--reference-limit", "0"],
+        ["report", "--seed", str(2**32)],
+        ["train", "nothing", "--set", "sigma=NaN"],
+        ["train", "nothing", "--set", "sigma=[1, -Infinity]"],
+    ],
+)
+def test_numbers_that_have_no_meaning_are_refused(monkeypatch, words):
+    monkeypatch.setattr("zsad_lib.data.datasets.load_dataset", lambda *_, **__: None)
+    text = invoke(*words, code=2)
+    assert words[-2] in text and "Error" in text
+
+
+def test_names_from_outside_cannot_steer_the_terminal(tree):
+    bad = tree / "box" / "test" / "good" / "a\x1b[2J\nb\u202e\r.png"
+    bad.write_text("no image")
+    os.rename(tree / "lid", os.fsencode(tree) + b"/l\xff")
+    result = run_cli(cli.app, ["data", "check", "mvtec_ad", "--root", str(tree)])
+    assert result.exit_code == 1 and "a?[2J?b??.png" in result.output and "\x1b" not in result.output
+    assert len([line for line in result.output.splitlines() if line.startswith("bad: ")]) == 1
+
+
+def test_bars_and_underscores_of_names_stay_in_their_cells(tree):
+    (tree / "lid").rename(tree / "a|b_c")
+    score(tree, "--only")
+    assert r"| a\|b_c" in invoke("evaluate", "--bootstrap", 0, "--format", "markdown", "--per-category")
+    assert r"a|b\_c &" in invoke("evaluate", "--bootstrap", 0, "--format", "latex", "--per-category")
+
+
 def test_unknown_errors_keep_their_traceback(monkeypatch):
     def broken():
         raise ZeroDivisionError
@@ -440,7 +527,6 @@ def test_caption_asks_a_model_that_can_be_asked(tree):
         (["--prompt", "What is it?"], "zsad: lite-captioner takes no prompt: leave --prompt out"),
         (["--revision", "v2"], "has no revision 'v2'"),
         (["--model", "no-such-model"], "'no-such-model' is no folder"),
-        (["--batch-size", "0"], "batch_size must be 1 or more"),
         (["--category", "cup"], "has no category 'cup'"),
     ],
 )

@@ -1,15 +1,18 @@
 import json
 import sys
 import types
+import warnings
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from helpers import coco_ad_tree, save_image
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
 from conftest import shared_path
+from zsad_lib.data import images
 from zsad_lib.data.datasets import load_dataset
 from zsad_lib.data.images import load_images, load_masks, read_image, read_mask
 from zsad_lib.errors import DataError
@@ -137,6 +140,25 @@ def test_corrupt_text_and_missing_files_are_named(tmp_path, name):
         read_image(tmp_path / name)
 
 
+@pytest.mark.parametrize("kind", ["EPS", "GIF"])
+def test_other_formats_are_refused_whatever_their_name(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_, **__: pytest.fail("Ghostscript was started"))
+    Image.fromarray(COLOUR).save(tmp_path / "a.png", format=kind)
+    with pytest.raises(DataError, match=r"a\.png"):
+        read_image(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("pil", [1, 4, 100])  # its own limit: an error above twice of it, a warning above it
+def test_too_many_pixels_are_refused_before_they_are_read(tmp_path, monkeypatch, pil):
+    path = save_image(tmp_path / "a.png", COLOUR)
+    monkeypatch.setattr(images, "MAX_PIXELS", 5)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", pil)
+    monkeypatch.setattr(Image.Image, "load", lambda _: pytest.fail("decoded"))
+    with warnings.catch_warnings(), pytest.raises(DataError, match=r"a\.png .*\b5 pixels.*\b6 pixels"):
+        warnings.simplefilter("error")
+        read_image(path)
+
+
 # --- read_mask
 
 
@@ -150,6 +172,13 @@ def test_mask_threshold_is_strict_and_stated(tmp_path):
 @pytest.mark.parametrize("values", [np.array([[False, True]]), np.array([[30000, 65535]], np.uint16)])
 def test_one_bit_and_16_bit_masks(tmp_path, values):
     assert read_mask(save_image(tmp_path / "m.png", values)).tolist() == [[False, True]]
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16])
+def test_a_mask_of_0_and_1_is_marked_where_it_is_1(tmp_path, kind):
+    assert read_mask(save_image(tmp_path / "m.png", np.array([[0, 1, 1]], kind))).tolist() == [[False, True, True]]
+    assert not read_mask(save_image(tmp_path / "m.png", np.zeros((2, 2), kind))).any()
+    assert not read_mask(save_image(tmp_path / "m.png", np.array([[0, 2, 127]], np.uint8))).any()
 
 
 def test_mask_is_thresholded_before_a_nearest_resize(tmp_path):
@@ -278,6 +307,18 @@ def test_plain_folder_has_no_truth(tmp_path):
     refused("folder", None, "root=")
 
 
+def test_a_folder_that_may_not_be_read_is_named(mvtec, monkeypatch):
+    listed = Path.iterdir
+
+    def iterdir(self):
+        if self.name == "hole":
+            raise PermissionError(13, "Permission denied", str(self))
+        return listed(self)
+
+    monkeypatch.setattr(Path, "iterdir", iterdir)
+    refused("mvtec_ad", mvtec, r"Permission denied: .*bottle/test/hole")
+
+
 @pytest.mark.parametrize("name, why", [("visa", "no reader"), ("mvtec", "no manifest"), ("synthad-C", "no manifest")])
 def test_names_without_a_reader(tmp_path, name, why):
     refused(name, tmp_path, f"`{name}` .*{why}.*; readable: synthad, mvtec_ad, .*folder, synthad-A, synth")
@@ -374,11 +415,42 @@ def test_real_iad_errors(tmp_path):
         ('{"train": [], "test": [{"image_path": "a.jpg"}]}', "image_path or anomaly_class"),
         ('{"train": [], "test": [{"image_path": 7, "anomaly_class": "OK"}]}', "image_path"),
         ('{"train": [], "test": ["a.jpg"]}', "image_path"),
+        ('{"train": [], "test": [{"image_path": "a.jpg", "anomaly_class": ["OK"]}]}', "anomaly_class"),
+        ('{"train": [], "test": [{"image_path": "a.jpg", "anomaly_class": NaN}]}', "anomaly_class"),
+        ('{"train": [], "test": [{"image_path": "a.jpg", "anomaly_class": "../OK"}]}', "anomaly_class"),
+        ('{"train": [], "test": [{"image_path": "a.jpg", "anomaly_class": "OK", "mask_path": 7}]}', "mask_path"),
+        ('{"train": [], "test": ' + "[" * 100_000, "must be JSON"),
     ],
 )
 def test_broken_lists_are_named(tmp_path, content, message):
     (real_iad_tree(tmp_path) / "realiad_jsons" / "zipper.json").write_text(content)
     refused("real_iad", tmp_path, rf"zipper\.json .*{message}")
+
+
+@pytest.mark.parametrize("key", ["image_path", "mask_path"])
+@pytest.mark.parametrize(
+    "text", ["{outside}/secret.png", "../../outside/secret.png", "linked.png", "linked/secret.png"]
+)
+def test_lists_do_not_lead_out_of_their_root(tmp_path, key, text):
+    root, outside = real_iad_tree(tmp_path / "root"), tmp_path / "outside"
+    save_image(outside / "secret.png", np.full((4, 6), 255, np.uint8))
+    (root / "zipper" / "linked.png").symlink_to(outside / "secret.png")
+    (root / "zipper" / "linked").symlink_to(outside)
+    source = root / "realiad_jsons" / "zipper.json"
+    content = json.loads(source.read_text())
+    (entry,) = (entry for entry in content["test"] if entry["anomaly_class"] == "HS")
+    entry[key] = text.format(outside=outside)
+    source.write_text(json.dumps(content))
+    refused("real_iad", root, rf"zipper\.json lists .*\.png, which is not below {root}")
+
+
+@pytest.mark.parametrize("change", [{"anomaly": "0"}, {"anomaly": None}, {"specie_name": "a/b"}])
+def test_mistyped_entries_of_coco_ad_are_shown(tmp_path, change):
+    meta = coco_ad_tree(tmp_path, splits=(2,)) / "meta_20_2.json"
+    content = json.loads(meta.read_text())
+    content["test"]["coco"][2] |= change
+    meta.write_text(json.dumps(content))
+    refused("coco_ad", tmp_path, r"meta_20_2\.json .*" + next(iter(change)))
 
 
 def test_coco_ad_layout(tmp_path):

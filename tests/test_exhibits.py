@@ -48,6 +48,23 @@ def test_an_svg_is_the_same_twice_and_without_a_folder_nothing_is_written(tmp_pa
     assert one == two
 
 
+def test_names_stay_text_in_every_form_of_a_table(tmp_path, monkeypatch):
+    shown, caption = [], "100 % of a_b <script>`x` [y](javascript:1) $z$"
+    monkeypatch.setattr(plots, "get_ipython", lambda: True)
+    monkeypatch.setattr(plots, "display", lambda *things: shown.append(things[1].data))
+    frame = pd.DataFrame({"<b>|": ["<script>x|y\udcff"]}, index=["$|_"])
+    plots.Gallery("x", tmp_path).table("t", frame, caption)
+    text = {path.suffix: path.read_text(encoding="utf-8") for path in (tmp_path / "tables").iterdir()}
+    assert r"<script>x\|y" in text[".md"] and r"$\|_" in text[".md"]
+    assert r"100 \% of a\_b" in text[".tex"] and "&lt;script&gt;" in text[".html"] and "<b>" not in text[".html"]
+    assert shown == [r"*100 % of a_b \<script>\`x\` [y]\(javascript:1) \$z\$*"]
+
+
+def test_no_cell_of_a_csv_file_is_a_formula(tmp_path):
+    plots.Gallery("x", tmp_path).table("t", pd.DataFrame({"a": ["=1+1", "b"]}), "")
+    assert (tmp_path / "tables/x_t.csv").read_text().splitlines() == [",a", "0,'=1+1", "1,b"]
+
+
 # --- pictures and maps
 
 

@@ -1,3 +1,4 @@
+import os
 import pkgutil
 import re
 
@@ -7,7 +8,7 @@ from conftest import ROOT
 from zsad_lib import manifest
 from zsad_lib.data.readers import READERS
 from zsad_lib.errors import DataError
-from zsad_lib.manifest import checkpoint_entry, dataset_entry, folder_hash, load_manifest, verify
+from zsad_lib.manifest import checkpoint_entry, dataset_entry, folder_hash, load_manifest
 from zsad_lite import synthad
 
 TEXTS = ["title", "sha256_note", "licence", "citation", "layout", "fetch"]
@@ -18,9 +19,9 @@ CHECKPOINTS = ["lite-foundation", "lite-features", "stable-diffusion-1.5", "stab
 SMALL = """\
 # a comment that stays
 datasets:
-  tiles: {title: Tiles}
+  tiles: {title: Tiles, licence: none, layout: flat, fetch: ask}
   net:
-    sha256: null
+    {title: Net, licence: none, layout: flat, fetch: ask, sha256: null}
 checkpoints:
   other:
     path: null
@@ -92,7 +93,8 @@ def test_shipped_checkpoints_are_those_of_the_manifest():
     if not present:
         pytest.skip("no checkpoint folder in this checkout")
     for name, entry in present.items():
-        assert verify(entry, manifest.local_path(entry)), f"not recorded: python -m zsad_lib.manifest {name}"
+        found = folder_hash(manifest.local_path(entry))
+        assert entry["sha256"] == found, f"not recorded: python -m zsad_lib.manifest {name}"
         assert entry["size_bytes"] == manifest.folder_size(manifest.local_path(entry)), name
 
 
@@ -104,15 +106,38 @@ def test_unknown_names_list_the_known_ones(small):
         dataset_entry("tile")
     with pytest.raises(DataError, match="no checkpoint `nets` in .*; it has: last, net, other"):
         checkpoint_entry("nets")
-    assert dataset_entry("tiles") == {"title": "Tiles"}
+    assert dataset_entry("tiles")["title"] == "Tiles"
 
 
-@pytest.mark.parametrize("text", [None, "a: [", "datasets: {}", ""])
+MISTYPED = {  # the end of a manifest: what its message names
+    "{datasets: {}, checkpoints: {net: weights}}": "`net`",
+    "{datasets: {tiles: {title: a}}, checkpoints: {}}": "`tiles` .*licence, layout, fetch",
+    "{datasets: {tiles: {title: [a], licence: b, layout: c, fetch: d}}, checkpoints: {}}": "`tiles` .*title",
+    "{datasets: {}, checkpoints: {net: {path: 7}}}": "`net` .*path",
+    "[" * 10_000: "not valid YAML",
+    "#" * 1_000_001: "larger than 1000000 bytes",
+}
+
+
+@pytest.mark.parametrize("text", MISTYPED)
+def test_mistyped_manifests_are_named(small, text):
+    small.write_text(text)
+    with pytest.raises(DataError, match=rf"manifest\.yaml.* {MISTYPED[text]}"):
+        load_manifest()
+
+
+@pytest.mark.parametrize("entry", [{}, {"draw": 7}, {"draw": "no.such:function"}, {"draw": "json:nothing"}])
+def test_functions_that_are_not_there_are_named(small, entry):
+    with pytest.raises(DataError, match=r"manifest\.yaml .*`draw`"):
+        manifest.named_function(entry, "draw")
+
+
+@pytest.mark.parametrize("text", [None, "a: [", "datasets: {}", "", b"\xff"])
 def test_unreadable_manifests_are_named(tmp_path, monkeypatch, text):
     path = tmp_path / "m.yaml"
     monkeypatch.setenv("ZSAD_MANIFEST", str(path))
     if text is not None:
-        path.write_text(text)
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(DataError, match=r"m\.yaml"):
         load_manifest()
 
@@ -141,20 +166,20 @@ def test_folder_hash_does_not_confuse_a_name_with_content(tmp_path):
     assert len({folder_hash(tmp_path / name) for name in ("one", "two", "three")}) == 3
 
 
-def test_verify(small):
-    folder, void = small.parent / "weights" / "net", small.parent / "void"
+def test_folders_without_files_have_no_hash(small):
+    void = small.parent / "void"
     void.mkdir()
-    assert verify({"sha256": None}, folder) is False
-    assert verify({"sha256": folder_hash(folder)}, folder) is True
-    for recorded, path in [("0" * 64, folder), (None, folder / "absent"), (None, void)]:
+    for path in (void / "absent", void):
         with pytest.raises(DataError, match=str(path)):
-            verify({"sha256": recorded}, path)
+            folder_hash(path)
+    (void / os.fsdecode(b"\xff")).touch()
+    assert len(folder_hash(void)) == 64
 
 
 def test_record_writes_one_entry_and_keeps_the_rest(small):
     found = manifest.record("net")
     assert found == {"size_bytes": 12, "sha256": folder_hash(small.parent / "weights" / "net")}
-    assert verify(checkpoint_entry("net"), manifest.local_path(checkpoint_entry("net")))
+    assert checkpoint_entry("net")["sha256"] == folder_hash(manifest.local_path(checkpoint_entry("net")))
     entries = load_manifest()
     assert entries["datasets"]["net"]["sha256"] is None and entries["checkpoints"]["other"]["sha256"] is None
     lines = zip(SMALL.splitlines(), small.read_text().splitlines(), strict=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from zsad_lib.errors import RunError
+from zsad_lib.errors import MethodError, RunError
 from zsad_lib.notebook import report
 from zsad_lib.profiles import PROFILES, profile_options
 
@@ -87,6 +87,24 @@ def test_a_failing_notebook_is_named_with_its_error_and_stops_what_has_not_begun
     assert not (project / "artifacts/notebooks/07_good.html").exists() and "OMP_NUM_THREADS" not in report.os.environ
     with pytest.raises(RunError, match="09"):
         report.build(only="09")
+
+
+def test_an_unknown_profile_is_said_before_anything_is_run(project):
+    with pytest.raises(MethodError, match="'huge'"):
+        report.build(profile="huge")
+    assert not (project / "artifacts").exists()
+
+
+def test_notes_and_captions_stay_text_on_the_page(project):
+    _notebook(project / "notebooks/03_tiny.ipynb", GALLERY)
+    out = project / "artifacts"
+    (out / "exhibits").mkdir(parents=True)
+    (out / "tables").mkdir()
+    entry = {"kind": "table", "name": "03_tiny_t", "caption": "<script>alert(1)</script>"}
+    (out / "exhibits/03_tiny.jsonl").write_text(json.dumps(entry) + "\n")
+    (out / "tables/03_tiny_t.html").write_text("<table></table>")
+    page = report.write_index("lite", out, {"03_tiny": 1.0}, ['"><img onerror=x> \udcff'], 0, 1.0).read_text()
+    assert "<script>" not in page and "&lt;script&gt;" in page and "<img onerror" not in page
 
 
 @pytest.mark.parametrize("profile", PROFILES)

@@ -5,7 +5,7 @@ Every command imports what it needs when it runs, so `zsad --help` answers at on
 # ruff: noqa: B006 (typer copies a default that is a list)
 
 import json
-import pkgutil
+import signal
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,10 +13,39 @@ from typing import Annotated, Any, Literal
 
 import typer
 from typer import Argument, Option
+from typer.core import TyperGroup
 
 from zsad_lib.errors import ZsadError
 
+EXIT_CODES = (
+    "Exit codes: 0 done, 1 found bad (data check), 2 asked wrongly or could not be done, and a line says why; "
+    "130 stopped by Ctrl-C, 143 by SIGTERM."
+)
+
+
+def say(*lines: str, err: bool = False) -> None:
+    """Print lines; what a terminal would obey or cannot show (control and bidi characters, half characters) is "?"."""
+    for line in lines:
+        typer.echo("".join(c if c.isprintable() else "?" for c in line), err=err)
+
+
+class Commands(TyperGroup):
+    """The commands, with words where typer itself has none."""
+
+    def invoke(self, ctx: typer.Context) -> Any:
+        """Run a command; Ctrl-C ends in exit code 130."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            say("zsad: stopped", err=True)
+            raise typer.Exit(130) from None
+        except EOFError as error:
+            raise ZsadError(f"a file ends too early ({error}): restore or delete it") from error
+
+
 app = typer.Typer(
+    cls=Commands,
+    epilog=EXIT_CODES,
     help="Diffusion-based zero-shot anomaly detection: score a dataset, then print the table.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -32,18 +61,26 @@ Device = Annotated[str, Option(help="auto, cpu or cuda.")]
 Runs = Annotated[Path, Option(help="Folder of the run folders.")]
 Root = Annotated[Path | None, Option(help="Its folder (default: data/NAME).")]
 Categories = Annotated[list[str], Option(help="Only this one; repeatable.")]
-Limit = Annotated[int | None, Option(help="At most so many of each category and defect.")]
+Limit = Annotated[int | None, Option(min=1, help="At most so many of each category and defect.")]
 Settings = Annotated[list[str], Option("--set", help="Option of the method or recipe, e.g. --set sigma=2; repeatable.")]
-Bootstrap = Annotated[int, Option(help="Resamples behind an interval; 0 for none.")]
+Bootstrap = Annotated[int, Option(min=0, help="Resamples behind an interval; 0 for none.")]
+Seed = Annotated[int, Option(min=0, max=2**32 - 1, help="Of what is drawn at random.")]
 
 
 def main() -> None:
     """Entry point of the console script: an error that a user can mend ends in one line and exit code 2."""
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         app()
-    except ZsadError as error:
-        typer.echo(f"zsad: {error}", err=True)
+    except (ZsadError, OSError, RecursionError) as error:
+        words = f"{error}" if isinstance(error, ZsadError) else f"{type(error).__name__}: {error}"
+        say(f"zsad: {' '.join(words.split())}", err=True)
         sys.exit(2)
+
+
+def _terminate(*_):
+    """SIGTERM as an exception, so that what is under way is marked as interrupted."""
+    sys.exit(143)
 
 
 # --- data
@@ -55,13 +92,13 @@ def data_make(
     out: Annotated[Path, Option(help="Where to.")] = Path("data/synthad"),
 ) -> None:
     """Generate the procedural dataset; what is there already is kept."""
-    from zsad_lib.manifest import dataset_entry
+    from zsad_lib.manifest import dataset_entry, named_function
 
     entry = dataset_entry(name)
     if "generator" not in entry:
         raise typer.BadParameter(f"{name} is not generated. {entry['fetch'].strip()}")
-    pkgutil.resolve_name(entry["generator"])(out)
-    typer.echo(f"synthad is in {out}")
+    named_function(entry, "generator")(out)
+    say(f"synthad is in {out}")
 
 
 @data.command("list")
@@ -70,10 +107,9 @@ def data_list() -> None:
     from zsad_lib.manifest import load_manifest
 
     for name, entry in load_manifest()["datasets"].items():
-        state = "" if entry["reader"] else " (no reader yet)"
-        typer.echo(f"{name}{state}: {entry['title']}")
-        typer.echo(f"  licence: {entry['licence']}\n  layout: {entry['layout']}")
-        typer.echo(f"  to get it: {' '.join(entry['fetch'].split())}\n")
+        state = "" if entry.get("reader") else " (no reader yet)"
+        say(f"{name}{state}: {entry['title']}", f"  licence: {entry['licence']}", f"  layout: {entry['layout']}")
+        say(f"  to get it: {' '.join(entry['fetch'].split())}", "")
 
 
 @data.command("check")
@@ -96,10 +132,10 @@ def data_check(
                 load_masks([sample], 64)
         except DataError as error:
             bad.append(str(error))
-    typer.echo(f"{name} in {dataset.root}: {len(dataset)} images of {len(dataset.categories)} categories")
+    say(f"{name} in {dataset.root}: {len(dataset)} images of {len(dataset.categories)} categories")
     for line in bad:
-        typer.echo(f"bad: {line}")
-    typer.echo(f"{len(bad)} bad" if bad else "all readable")
+        say(f"bad: {line}")
+    say(f"{len(bad)} bad" if bad else "all readable")
     raise typer.Exit(1 if bad else 0)
 
 
@@ -110,28 +146,24 @@ def data_check(
 def train(
     name: Annotated[str, Argument(help="Which model.")],
     out: Annotated[Path | None, Option(help="Where the checkpoint goes.")] = None,
-    steps: Annotated[int | None, Option(help="Training steps (default: the model's own).")] = None,
+    steps: Annotated[int | None, Option(min=1, help="Training steps (default: the model's own).")] = None,
     data: Annotated[Path | None, Option(help="A folder of images, for a model that trains on one.")] = None,
     train_on: Annotated[
         str | None, Option(help="For dzad and vlmdiff: synthad, synthad-A, synthad-B, or a dataset's name.")
     ] = None,
     options: Settings = [],
-    seed: int = 0,
+    seed: Seed = 0,
     device: Device = "auto",
     resume: Annotated[bool, Option(help="Go on from the last saved state.")] = True,
-    overwrite: Annotated[
-        bool, Option("--overwrite", help="Replace a checkpoint that ships, or another one's.")
-    ] = False,
+    overwrite: Annotated[bool, Option("--overwrite", help="Replace a checkpoint that ships, or another's.")] = False,
 ) -> None:
     """Train one of the compact models of the lite profile, or semantic guidance (dzad, vlmdiff) on any dataset."""
-    from zsad_lib.manifest import load_manifest
+    from zsad_lib.manifest import load_manifest, named_function
 
-    given = _given(out=out, steps=steps, data=data, train_on=train_on, overwrite=overwrite or None) | _parse_pairs(
-        options
-    )
-    recipes = pkgutil.resolve_name(load_manifest()["recipes"])
-    path = recipes(name, seed=seed, device=device, resume=resume, **given)
-    typer.echo(f"{name} is in {path}")
+    given = _given(out=out, steps=steps, data=data, train_on=train_on) | _parse_pairs(options)
+    recipes = named_function(load_manifest(), "recipes")
+    path = recipes(name, seed=seed, device=device, resume=resume, overwrite=overwrite, **given)
+    say(f"{name} is in {path}")
 
 
 @app.command()
@@ -149,12 +181,12 @@ def convert(
 
     if preset:
         convert_pixel_checkpoint(checkpoint, out, preset)
-        typer.echo(f"{out}: every tensor placed")
+        say(f"{out}: every tensor placed")
         return
     unplaced = convert_checkpoint(checkpoint, base, out, autoencoder, hint)
     for key in unplaced:
-        typer.echo(f"no place for {key}")
-    typer.echo(f"{out}: every tensor placed" if not unplaced else f"{out}: {len(unplaced)} keys found no place")
+        say(f"no place for {key}")
+    say(f"{out}: every tensor placed" if not unplaced else f"{out}: {len(unplaced)} keys found no place")
 
 
 @app.command()
@@ -165,7 +197,7 @@ def measure(
     """Measure the compact checkpoints: docs/lite_models.md and the numbers in their model cards."""
     from zsad_lite.training import report_card
 
-    typer.echo(f"written: {report_card.write_report(docs, out)}, and the model cards")
+    say(f"written: {report_card.write_report(docs, out)}, and the model cards")
 
 
 @app.command()
@@ -185,7 +217,7 @@ def score(
     captions: Annotated[Path | None, Option(help="File of `zsad caption`, for methods that read one: vlmdiff.")] = None,
     category: Categories = [],
     limit: Limit = None,
-    batch_size: Annotated[int | None, Option(help="Default: the profile's.")] = None,
+    batch_size: Annotated[int | None, Option(min=1, help="Default: the profile's.")] = None,
     out: Runs = Path("runs"),
     device: Device = "auto",
 ) -> None:
@@ -216,16 +248,16 @@ def score(
 
     for results in runs.score_all(images, scorers(), out, batch_size or settings["batch_size"]).values():
         seconds = results.run["seconds"] / len(images)
-        typer.echo(f"{run_label(results.run)}: {len(images)} images, {seconds:.3g} s each, in {results.folder}")
+        say(f"{run_label(results.run)}: {len(images)} images, {seconds:.3g} s each, in {results.folder}")
     if labelled:
-        typer.echo(f"the table: zsad evaluate --out {out} --dataset {dataset}")
+        say(f"the table: zsad evaluate --out {out} --dataset {dataset}")
     else:
         from zsad_lib.notebook.plots import save_heatmaps
 
-        typer.echo(f"no labels here, so no table and no controls: the scores are in {results.folder}/scores.csv")
+        say(f"no labels here, so no table and no controls: the scores are in {results.folder}/scores.csv")
         if results.maps is not None:
             pictures = save_heatmaps(results, images.samples, results.folder / "heatmaps")
-            typer.echo(f"pictures, most anomalous first: {pictures}")
+            say(f"pictures, most anomalous first: {pictures}")
 
 
 def _plan(method: str, only: bool, random_weights: str | None) -> list[tuple[str, str | None]]:
@@ -264,10 +296,15 @@ def _parse_pairs(pairs: list[str], known: list[str] | None = None) -> dict:
             names = f" with a name of {', '.join(known)}" if known else ""
             raise typer.BadParameter(f"--set {pair}: expected NAME=VALUE{names}")
         try:
-            chosen[key] = json.loads(value)
+            chosen[key] = json.loads(value, parse_constant=_refuse)
         except ValueError:
             chosen[key] = value
     return chosen
+
+
+def _refuse(constant: str) -> None:
+    """NaN and Infinity are no JSON, though Python reads them."""
+    raise typer.BadParameter(f"--set: {constant} is no number to count with")
 
 
 @app.command()
@@ -284,7 +321,7 @@ def caption(
     split: Annotated[Literal["test", "train", "both"], Option(help="Which images.")] = "test",
     category: Categories = [],
     limit: Limit = None,
-    batch_size: Annotated[int, Option(help="Images at a time.")] = 8,
+    batch_size: Annotated[int, Option(min=1, help="Images at a time.")] = 8,
     out: Annotated[
         Path | None, Option(help="The file (default: runs/captions/DATASET-MODEL-PROMPTTYPE.jsonl).")
     ] = None,
@@ -309,22 +346,27 @@ def caption(
     said = captions.caption_dataset(images, captioner, path, text, batch_size, overwrite=overwrite)
     empty = sum(not words for words in said.values())
     note = f", {empty} of them empty" if empty else ""
-    typer.echo(f"{dataset} by {captioner.name} ({captioner.revision}): {len(said)} captions{note}, in {path}")
+    say(f"{dataset} by {captioner.name} ({captioner.revision}): {len(said)} captions{note}, in {path}")
 
 
 # --- tables and report
 
 
 def _markdown(table: Any) -> str:
-    return table.reset_index().to_markdown(index=False)
+    from zsad_lib.evaluation.tables import markdown
+
+    return markdown(table.reset_index(), index=False)
 
 
 def _write(folder: Path, numbers: Any, tables: dict[str, Any]) -> None:
     """The numbers as aurocs.csv, each table as a Markdown file."""
+    from zsad_lib import store
+
     folder.mkdir(parents=True, exist_ok=True)
-    numbers.to_csv(folder / "aurocs.csv", index=False)
+    text = store.csv_text(numbers, index=False)
+    (folder / "aurocs.csv").write_text(text, encoding="utf-8", errors="replace")
     for name, table in tables.items():
-        (folder / f"{name}.md").write_text(_markdown(table) + "\n", encoding="utf-8")
+        (folder / f"{name}.md").write_text(_markdown(table) + "\n", encoding="utf-8", errors="replace")
 
 
 @app.command()
@@ -346,12 +388,13 @@ def evaluate(
     bootstrap intervals, as columns. Runs over the same images of a dataset stand together."""
     import pandas as pd
 
+    from zsad_lib import store
     from zsad_lib.evaluation.labels import find_runs, grouped
     from zsad_lib.evaluation.tables import evaluate_runs, tabulate
 
     loaded, left_out = find_runs(out, dataset, runs)
     for reason in left_out:
-        typer.echo(f"left out, {reason}", err=True)
+        say(f"left out, {reason}", err=True)
     numbers, tables, notes = {}, {}, []
     for title, group in grouped(loaded).items():
         numbers[title] = evaluate_runs(group, per_defect=per_defect, variant=variant, n_bootstrap=bootstrap)
@@ -359,14 +402,18 @@ def evaluate(
         notes += tables[title].attrs["notes"]
     if format == "csv":
         numbers = pd.concat(numbers, names=["dataset", None]).reset_index("dataset")
-        typer.echo(numbers.to_csv(index=False), nl=False)
+        say(*store.csv_text(numbers, index=False).splitlines())
         return
     table = pd.concat(tables, names=["dataset"])
     notes.append(f"percent [95 % bootstrap interval], {variant} metrics; the mean over categories")
-    texts = {"latex": table.to_latex, "markdown": lambda: _markdown(table), "table": table.to_string}
-    typer.echo(texts[format]())
+    texts = {
+        "latex": lambda: table.to_latex(escape=True),
+        "markdown": lambda: _markdown(table),
+        "table": table.to_string,
+    }
+    say(*texts[format]().split("\n"))
     for note in notes:
-        typer.echo(note, err=format != "table")
+        say(note, err=format != "table")
 
 
 @app.command()
@@ -377,11 +424,11 @@ def ood(
     ] = [],
     others: Annotated[list[str], Option("--out-set", help="Set to tell from it; repeatable (default: eight).")] = [],
     reading: Annotated[str | None, Option(help="The matrix's (default: the best that the abstract allows).")] = None,
-    train: Annotated[int, Option(help="Images of a set that densities are fitted on.")] = 200,
-    test: Annotated[int, Option(help="Images of a set that are scored.")] = 96,
+    train: Annotated[int, Option(min=1, help="Images of a set that densities are fitted on.")] = 200,
+    test: Annotated[int, Option(min=1, help="Images of a set that are scored.")] = 96,
     control: Annotated[bool, Option(help="Also the first base with random weights.")] = True,
     bootstrap: Bootstrap = 200,
-    seed: int = 0,
+    seed: Seed = 0,
     out: Annotated[Path, Option(help="Where features are kept and the tables go.")] = Path("runs/ood"),
     device: Device = "auto",
 ) -> None:
@@ -401,11 +448,10 @@ def ood(
     reading = reading or ood.best_allowed(frame)
     matrix, readings = ood.matrix(frame, reading).fillna(""), ood.compare(frame)
     _write(out, frame, {"matrix": matrix, "readings": readings})
-    typer.echo(f"{reading}: AUROC of whole images, percent [95 % bootstrap interval]\n")
-    typer.echo(matrix.to_string())
-    typer.echo(f"\nevery reading, mean over the other sets, best first\n\n{readings.to_string()}")
+    say(f"{reading}: AUROC of whole images, percent [95 % bootstrap interval]", "", *matrix.to_string().split("\n"))
+    say("", "every reading, mean over the other sets, best first", "", *readings.to_string().split("\n"))
     if frame.attrs["left_out"]:
-        typer.echo(f"left out, no such folder at hand: {', '.join(frame.attrs['left_out'])}")
+        say(f"left out, no such folder at hand: {', '.join(frame.attrs['left_out'])}")
 
 
 @app.command()
@@ -416,9 +462,9 @@ def dzad(
     ] = [],
     limit: Limit = None,
     every: Annotated[int, Option(min=1, help="Of a target's images only each so-many-th.")] = 1,
-    reference_limit: Annotated[int, Option(help="At most so many of each defect of the auxiliary set.")] = 1,
+    reference_limit: Annotated[int, Option(min=1, help="At most so many of each defect of the auxiliary set.")] = 1,
     bootstrap: Bootstrap = 200,
-    seed: int = 0,
+    seed: Seed = 0,
     out: Annotated[Path, Option(help="Where what is measured is kept and the tables go.")] = Path("runs/dzad"),
     device: Device = "auto",
 ) -> None:
@@ -441,11 +487,11 @@ def dzad(
         directions, profiles.smoothing(profile), profile, **chosen, seed=seed, folder=out, progress=progress
     )
     _write(out, frame, tables)
-    typer.echo("AUROC in percent [95 % bootstrap interval], means over categories but in table 1")
+    say("AUROC in percent [95 % bootstrap interval], means over categories but in table 1")
     for name, table in tables.items():
-        typer.echo(f"\n{name}\n\n{table.to_string()}")
+        say("", name, "", *table.to_string().split("\n"))
     for name, reason in left_out.items():
-        typer.echo(f"left out: {name}: {reason}")
+        say(f"left out: {name}: {reason}")
 
 
 @app.command()
@@ -453,7 +499,7 @@ def report(
     profile: Profile = "lite",
     out: Annotated[Path, Option(help="Where the figures and tables go.")] = Path("artifacts"),
     only: Annotated[str | None, Option(help="Only the notebook with this number, such as 02.")] = None,
-    seed: int = 0,
+    seed: Seed = 0,
 ) -> None:
     """Regenerate every figure and table, with its provenance."""
     from zsad_lib.notebook import report

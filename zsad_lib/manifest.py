@@ -5,8 +5,10 @@
 
 import hashlib
 import os
+import pkgutil
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,9 @@ import yaml
 from zsad_lib.errors import DataError
 from zsad_lib.store import write_bytes
 
-SECTIONS = ("datasets", "checkpoints")
+SECTIONS = {"datasets": ("title", "licence", "layout", "fetch"), "checkpoints": ()}  # and the texts of their entries
+KINDS = {"reader": str | None, "groups": dict, "path": str | None, "hub_id": str | None, "revision": str | None}
+MAX_BYTES = 1_000_000
 
 
 def manifest_path() -> Path:
@@ -27,16 +31,37 @@ def load_manifest() -> dict[str, Any]:
     """The manifest: among others its SECTIONS, each a dict of entries by name."""
     path = manifest_path()
     try:
+        if path.stat().st_size > MAX_BYTES:
+            raise DataError(f"{path} is larger than {MAX_BYTES} bytes: it is no manifest")
         manifest = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         how = "install from a checkout (pip install -e .), or set ZSAD_MANIFEST to the checkout's data_manifest.yaml"
         raise DataError(f"no manifest at {path}: {how}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, OSError, UnicodeError, RecursionError) as error:
         raise DataError(f"{path} is not valid YAML: {error}") from error
-    for section in SECTIONS:
+    for section, texts in SECTIONS.items():
         if not isinstance(manifest, dict) or not isinstance(manifest.get(section), dict):
             raise DataError(f"{path} has no section `{section}:` with named entries")
+        for name, entry in manifest[section].items():
+            _check_entry(f"{path}: {section[:-1]} `{name}`", entry, texts)
     return manifest
+
+
+def _check_entry(where, entry, texts):
+    if not isinstance(entry, dict):
+        raise DataError(f"{where} must be a list of `key: value`")
+    wrong = [key for key in texts if not isinstance(entry.get(key), str)]
+    wrong += [key for key, kind in KINDS.items() if key in entry and not isinstance(entry[key], kind)]
+    if wrong:
+        raise DataError(f"{where} lacks, or has something else under: {', '.join(wrong)}")
+
+
+def named_function(entry: dict[str, Any], key: str) -> Callable:
+    """The function that an entry, or the manifest, names under `key` as module:function."""
+    try:
+        return pkgutil.resolve_name(entry[key])
+    except (KeyError, TypeError, ValueError, ImportError, AttributeError) as error:
+        raise DataError(f"{manifest_path()} names no function under `{key}` ({error!r}): restore it") from error
 
 
 def dataset_entry(name: str) -> dict[str, Any]:
@@ -74,7 +99,7 @@ def folder_hash(path: Path | str) -> str:
     """SHA-256 (hex) over a folder's files: relative names in sorted order, each with its content's SHA-256."""
     digest = hashlib.sha256()
     for name, file in _files(path).items():
-        digest.update(name.encode() + b"\0")
+        digest.update(os.fsencode(name) + b"\0")
         with open(file, "rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()
@@ -95,17 +120,6 @@ def _files(path):
     if not visible:
         raise DataError(f"{folder} holds no files")
     return visible
-
-
-def verify(entry: dict[str, Any], path: Path | str) -> bool:
-    """Whether the folder of a checkpoint was compared with the manifest's hash; False where none is recorded."""
-    found, recorded = folder_hash(path), entry.get("sha256")
-    if recorded not in (None, found):
-        raise DataError(
-            f"{path} is not the checkpoint of the manifest: sha256 {found}, recorded {recorded}. Restore its "
-            f"files (git checkout, or a new download); if you meant it: python -m zsad_lib.manifest NAME"
-        )
-    return recorded is not None
 
 
 def record(name: str) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """Datasets by name: paths and labels, in a fixed order; pixels are read only when asked for (`data.images`)."""
 
 import os
-import pkgutil
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -10,7 +9,7 @@ from pathlib import Path
 
 from zsad_lib.data.readers import READERS, Sample
 from zsad_lib.errors import DataError
-from zsad_lib.manifest import dataset_groups, load_manifest
+from zsad_lib.manifest import dataset_groups, load_manifest, named_function
 
 Names = str | Iterable[str] | None  # one, some or all
 FOLDER = {"reader": "folder", "fetch": "Pass root=, an existing folder of images."}
@@ -76,20 +75,24 @@ def load_dataset(
     known, groups = load_manifest()["datasets"] | {"folder": FOLDER}, dataset_groups()
     name, group = groups.get(name, (name, None))
     entry = known.get(name)
-    if entry is None or entry["reader"] is None:
-        readable = [other for other in known if known[other]["reader"]] + list(groups)
+    if entry is None or entry.get("reader") not in READERS:
+        readable = [other for other in known if known[other].get("reader") in READERS] + list(groups)
         why = "is in no manifest" if entry is None else "has no reader yet"
         raise DataError(f"dataset `{name}` {why}; readable: {', '.join(readable)}")
     root = Path(root or data_folder() / name)
     if "generator" in entry and not root.exists():
-        pkgutil.resolve_name(entry["generator"])(root)
+        named_function(entry, "generator")(root)
     if not root.is_dir():
         raise DataError(f"no folder at {root} for dataset {name}. {entry['fetch'].strip()}")
     samples = {}
-    for sample in READERS[entry["reader"]](root):
-        other = samples.setdefault(sample.id, sample)
-        if other is not sample:
-            raise DataError(f"{other.image_path} and {sample.image_path} would share the id {sample.id}: rename one")
+    try:
+        for sample in READERS[entry["reader"]](root):
+            other = samples.setdefault(sample.id, sample)
+            if other is not sample:
+                paths = f"{other.image_path} and {sample.image_path}"
+                raise DataError(f"{paths} would share the id {sample.id}: rename one")
+    except OSError as error:
+        raise DataError(f"cannot read {root} ({error}): check that it may be read, and its layout") from error
     dataset = AnomalyDataset(name, root, tuple(samples.values()))
     return dataset.select(group).select(categories, split, limit)
 

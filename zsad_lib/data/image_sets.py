@@ -3,7 +3,6 @@
 Each has a "train" and a "test" split that share no image (and no part of one), always the same ones in the same order.
 """
 
-import pkgutil
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -15,7 +14,7 @@ from zsad_lib.anomaly.resize import resize
 from zsad_lib.data.datasets import data_folder, load_dataset
 from zsad_lib.data.images import read_image
 from zsad_lib.errors import DataError
-from zsad_lib.manifest import dataset_entry
+from zsad_lib.manifest import dataset_entry, named_function
 
 SPLITS = ("train", "test")
 DRAWN = 500  # images of a set that has no end, unless told
@@ -72,7 +71,7 @@ def _synthad(groups):
 
     def load(split, count, size):
         entry = dataset_entry("synthad")
-        draw, categories = pkgutil.resolve_name(entry["draw"]), [c for g in groups for c in entry["groups"][g]]
+        draw, categories = named_function(entry, "draw"), [c for g in groups for c in entry["groups"][g]]
         for k in range(count or DRAWN):
             turn, place = divmod(k, len(categories))
             drawing = draw(categories[place], f"set/{split}/{turn}", size=size)

@@ -1,6 +1,7 @@
 """The folder layouts of anomaly-detection datasets, a reader each: a root folder -> its samples, in a fixed order."""
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -90,7 +91,7 @@ def _read_real_iad(root):
         )
 
     def defect(entry):
-        return "good" if entry["anomaly_class"] == "OK" else entry["anomaly_class"]
+        return "good" if entry.get("anomaly_class") == "OK" else entry.get("anomaly_class")
 
     for category in categories:
         source = lists / f"{category.name}.json"
@@ -112,6 +113,8 @@ def _read_coco_ad(root):
         )
 
     def defect(entry):
+        if entry.get("anomaly") not in (0, 1):
+            return None
         return (entry.get("specie_name") or "anomalous") if entry["anomaly"] else "good"
 
     for category, source in sources.items():
@@ -130,25 +133,37 @@ READERS: dict[str, Callable[[Path], Iterator[Sample]]] = {
 def _read_lists(source, root, category, keys, defect_of):
     """The samples of a JSON file of lists (or lists by class) "train" and "test", by split and id.
 
-    keys: what an entry must have, its image's path below `root` first; defect_of(entry) -> its defect.
+    keys: what an entry must have, its image's path below `root` first; defect_of(entry) -> its defect, no text where
+    the entry does not say. A path that leads out of the root, over a symbolic link too, is refused.
     """
+    top = root.resolve()
 
     @cache  # lists name 10^5 files, too many to ask for one by one
-    def names(folder):
-        return {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    def below(folder):
+        """{name: whether it lies below the root} of what is in a folder."""
+        if not folder.is_dir():
+            return {}
+        inside = folder.resolve().is_relative_to(top)
+        with os.scandir(folder) as files:
+            return {f.name: Path(f).resolve().is_relative_to(top) if f.is_symlink() else inside for f in files}
 
     for split, entries in _entries(source).items():
         samples = []
         for entry in entries:
-            if not isinstance(entry, dict) or not isinstance(entry.get(keys[0]), str) or keys[1] not in entry:
-                shown = json.dumps(entry)[:200]
-                raise DataError(f"{source} has an entry without {keys[0]} or {keys[1]}: {shown}: restore it")
-            path, mask, defect = root / entry[keys[0]], entry.get("mask_path"), defect_of(entry)
-            if path.name not in names(path.parent):
+            texts = [entry.get(keys[0]), entry.get("mask_path") or ""] if isinstance(entry, dict) else [None]
+            defect = defect_of(entry) if all(isinstance(text, str) for text in texts) else None
+            if not isinstance(defect, str) or "/" in defect:
+                shown = f"{source} has an entry whose {keys[0]} or {keys[1]} or mask_path cannot be used"
+                raise DataError(f"{shown}: {json.dumps(entry)[:200]}: restore it")
+            path, mask = root / texts[0], root / texts[1] if texts[1] else None
+            if path.name not in below(path.parent):
                 raise DataError(f"{source} lists {path}, which is not there: restore it, or remove the entry")
             if defect != "good" and not mask:
                 raise DataError(f"{source} lists {path} as defective without a mask: restore it, or remove the entry")
-            samples.append(_sample(path, category, split, defect, root / mask if mask else None))
+            for file in (path, mask):
+                if file and below(file.parent).get(file.name) is False:
+                    raise DataError(f"{source} lists {file}, which is not below {root}: remove the entry")
+            samples.append(_sample(path, category, split, defect, mask))
         yield from sorted(samples, key=lambda sample: sample.id)
 
 
@@ -161,7 +176,7 @@ def _entries(source):
         lists = {split: [entry for part in classes[split] for entry in part] for split in classes}
     except FileNotFoundError:
         raise DataError(f"no list at {source}: it says what is normal and which mask is whose, restore it") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f'{source} must be JSON with lists under "train" and "test" ({error}): restore it') from error
     if not any(lists.values()):
         raise DataError(f"{source} lists no image: restore it")

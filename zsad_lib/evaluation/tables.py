@@ -235,6 +235,15 @@ def tabulate(measured: pd.DataFrame, names: Sequence[str] = METRICS, per_categor
     return table
 
 
+def markdown(table: pd.DataFrame, index: bool = True) -> str:
+    """A table as Markdown; a "|" in a name does not end its cell."""
+
+    def escaped(value):
+        return value.replace("|", r"\|") if isinstance(value, str) else value
+
+    return table.rename(index=escaped, columns=escaped).map(escaped).to_markdown(index=index)
+
+
 def compare(
     results_by_label: dict[str, Results], names: Sequence[str] = METRICS, per_category: bool = False, **options
 ) -> pd.DataFrame:

@@ -20,9 +20,12 @@ from zsad_lib import store
 from zsad_lib.data.images import read_image
 from zsad_lib.data.readers import Sample
 from zsad_lib.evaluation.runs import Results
+from zsad_lib.evaluation.tables import markdown
 
 sns.set_theme(context="notebook", style="white", font_scale=0.9)
 plt.rcParams.update({"figure.dpi": 90, "savefig.dpi": 160, "image.interpolation": "nearest", "svg.hashsalt": "zsad"})
+
+LATEX = str.maketrans({"\\": r"\textbackslash{}", **{mark: f"\\{mark}" for mark in "&%$#_{}"}})
 
 
 class Gallery:
@@ -53,10 +56,10 @@ class Gallery:
         """Show a table."""
         if self.out:
             target = self.out / "tables" / self._record("table", name, caption)
-            latex = frame.to_latex(escape=True, caption=caption, label=f"tab:{target.name}")
-            written = {"csv": frame.to_csv(), "md": frame.to_markdown() + "\n", "tex": latex}
+            latex = frame.to_latex(escape=True, caption=caption.translate(LATEX), label=f"tab:{target.name}")
+            written = {"csv": store.csv_text(frame), "md": markdown(frame) + "\n", "tex": latex}
             for suffix, text in {**written, "html": page_table(frame, f"table-{target.name}")}.items():
-                Path(f"{target}.{suffix}").write_text(text)
+                Path(f"{target}.{suffix}").write_text(text, encoding="utf-8", errors="replace")
         _show(frame, caption)
 
     def _record(self, kind: str, name: str, caption: str) -> str:
@@ -70,7 +73,8 @@ class Gallery:
 
 def _show(exhibit: Figure | pd.DataFrame, caption: str) -> None:
     if get_ipython() is not None:  # on the command line the report's files are enough
-        display(exhibit, Markdown(f"*{caption}*"))
+        plain = re.sub(r"[\\`<$]|(?<=\])\(", r"\\\g<0>", caption)  # no tag, code, formula or link
+        display(exhibit, Markdown(f"*{plain}*"))
 
 
 def page_table(frame: pd.DataFrame, name: str) -> str:

@@ -24,7 +24,7 @@ from zsad_lib.errors import DataError, RunError
 from zsad_lib.evaluation.runs import score_all
 from zsad_lib.evaluation.tables import evaluate_runs, tabulate
 from zsad_lib.notebook.plots import Gallery
-from zsad_lib.profiles import CROSS, PROFILES, with_controls
+from zsad_lib.profiles import CROSS, PROFILES, load_profile, with_controls
 
 NOTEBOOKS = Path("notebooks")
 DATASETS = ("synthad", "magnetic_tile")
@@ -44,6 +44,7 @@ def build(
     seed: int = 0,
 ) -> Path:
     """Regenerate every figure and table of a profile into `out`; returns its index.html."""
+    load_profile(profile)
     out, durations, notes, clock = Path(out), {}, [], time.perf_counter()
     out.mkdir(parents=True, exist_ok=True)
     paths = sorted(p for p in NOTEBOOKS.glob("[0-9][0-9]_*.ipynb") if only is None or p.name.startswith(only))
@@ -115,7 +116,7 @@ def run_notebook(path: Path, out: Path, profile: str, seed: int) -> None:
     except papermill.PapermillExecutionError as error:
         where = f"{path} failed in cell {error.exec_count}"
         raise RunError(f"{where}: {error.ename}: {error.evalue}; see {target}") from error
-    target.with_suffix(".html").write_text(HTMLExporter().from_filename(str(target))[0])
+    target.with_suffix(".html").write_text(HTMLExporter().from_filename(str(target))[0], encoding="utf-8")
 
 
 @contextmanager
@@ -147,7 +148,8 @@ def write_index(
     sections = [_section(name, out, durations[name]) for name in sorted(durations, key=lambda n: (n[0].isdigit(), n))]
     templates = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True)
     page = templates.get_template("page.html.jinja")
-    (out / "index.html").write_text(page.render(profile=profile, provenance=facts, sections=sections, notes=notes))
+    text = page.render(profile=profile, provenance=facts, sections=sections, notes=notes)
+    (out / "index.html").write_text(text, encoding="utf-8", errors="replace")
     return out / "index.html"
 
 
@@ -156,7 +158,7 @@ def _section(name: str, out: Path, seconds: float) -> dict:
     exhibits = store.read_lines(listing) if listing.exists() else []
     for exhibit in exhibits:
         if exhibit["kind"] == "table":
-            exhibit["html"] = (out / "tables" / f"{exhibit['name']}.html").read_text()
+            exhibit["html"] = (out / "tables" / f"{exhibit['name']}.html").read_text(encoding="utf-8")
         else:
             with Image.open(out / "figures" / f"{exhibit['name']}.png") as picture:  # 160 pixels an inch, shown as 100
                 exhibit["width"], exhibit["height"] = (round(n / 1.6) for n in picture.size)
