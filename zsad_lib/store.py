@@ -90,10 +90,11 @@ def read_json(path: Path | str) -> Any:
 def csv_text(frame: Any, **options: Any) -> str:
     """`to_csv` of a pandas frame, its texts made harmless: an apostrophe before what a spreadsheet would run as a
     formula, and a backslash escape for what is not UTF-8."""
-    rows = csv.reader(io.StringIO(frame.to_csv(**options), newline=""))
+    ends = {"lineterminator": "\r\n"}  # with these, csv quotes a carriage return in a cell
+    rows = csv.reader(io.StringIO(frame.to_csv(**options, **ends), newline=""))
     text = io.StringIO(newline="")
-    csv.writer(text, lineterminator="\n").writerows([_inert(cell) for cell in row] for row in rows)
-    return text.getvalue().encode(errors="backslashreplace").decode()
+    csv.writer(text, **ends).writerows([_inert(cell) for cell in row] for row in rows)
+    return text.getvalue().replace("\r\n", "\n").encode(errors="backslashreplace").decode()
 
 
 def _inert(cell):
