@@ -5,6 +5,7 @@ from functools import partial
 import numpy as np
 import pandas as pd
 import pytest
+from helpers import save_image
 
 from zsad_lib.data.image_sets import load_image_set
 from zsad_lib.data.references import normal_images
@@ -26,6 +27,17 @@ def collected(saved_pixel, tmp_path_factory):
     model, runs = load_pixel_model(saved_pixel, "cpu"), tmp_path_factory.mktemp("runs")
     train = ood.collect(model, ["synthad-a", "digits"], "train", 12, runs)
     return train, ood.collect(model, ["synthad", "synthad-a", "synthad-b", "digits", "noise"], "test", 6, runs)
+
+
+def test_features_of_changed_images_are_measured_anew(saved_pixel, tmp_path, monkeypatch):
+    monkeypatch.setenv("ZSAD_DATA", str(tmp_path))
+    found, model = [], load_pixel_model(saved_pixel, "cpu")
+    for value in (0, 0, 200):
+        for name in "abcd":
+            save_image(tmp_path / "cifar10" / "test" / f"{name}.png", np.full((16, 16, 3), value, np.uint8))
+        found.append(ood.collect(model, ["cifar10"], "test", 4, tmp_path / "runs")["cifar10"])
+    assert np.array_equal(found[0]["noise_powers"], found[1]["noise_powers"])
+    assert not np.allclose(found[0]["noise_powers"], found[2]["noise_powers"])
 
 
 def test_values_are_the_readings_own(collected):

@@ -1,6 +1,9 @@
 """The images that methods are fitted on."""
 
+import numpy as np
 import pytest
+from helpers import save_image
+from PIL import Image
 
 from zsad_lib.data import references
 from zsad_lib.data.image_sets import load_image_set
@@ -28,7 +31,11 @@ def test_the_auxiliary_set_is_balanced_in_every_category():
 def test_labelled_images_come_in_batches_with_their_labels():
     known = references.labelled_images("synthad-B", 1)
     batches = list(known.batches(16, count=50))
-    assert known.record == {"reference": "synthad-B", "limit": 1}
+    assert known.record.items() >= {"reference": "synthad-B", "limit": 1}.items()
+    first = known.samples[0].image_path
+    save_image(first, 255 - np.asarray(Image.open(first)))
+    changed = references.labelled_images("synthad-B", 1)
+    assert changed.samples == known.samples and changed.record != known.record
     assert [len(ids) for _, ids, _ in batches] == [50, 34] and batches[0][0].shape == (50, 3, 16, 16)
     assert [i for _, ids, _ in batches for i in ids] == [s.id for s in known.samples]
     assert sum(sum(labels) for *_, labels in batches) == 42
@@ -39,3 +46,16 @@ def test_normal_images_by_name_are_those_of_the_set():
     (images, ids, labels), *more = by_name.batches(16)
     assert not more and images.equal(given.images) and tuple(ids) == given.ids and labels == [0] * 7
     assert [len(ids) for _, ids, _ in references.normal_images(given).batches(16, count=4)] == [4, 3]
+
+
+def test_a_named_reference_is_known_by_its_pixels_where_these_lie_in_a_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("ZSAD_DATA", str(tmp_path))
+    records = []
+    for value in (100, 101):
+        for k in range(3):
+            save_image(tmp_path / "cifar10" / "train" / "cat" / f"{k}.png", np.full((8, 8, 3), value, np.uint8))
+        records.append(references.normal_images("cifar10", 3).record["reference"])
+    assert records[0] != records[1] and records[0]["name"] == records[1]["name"] == "cifar10"
+    assert references.normal_images("digits", 3).record == {
+        "reference": {"name": "digits", "split": "train", "images": 3}
+    }

@@ -1,6 +1,11 @@
 import contextlib
+import errno
 import json
+import os
+import signal
+import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,14 +13,17 @@ import pandas as pd
 import pytest
 import torch
 from helpers import forked, save_image, write_tree
+from PIL import Image
 
+from zsad_lib import store
 from zsad_lib.data.datasets import load_dataset
 from zsad_lib.data.images import load_masks
 from zsad_lib.errors import RunError
-from zsad_lib.evaluation import metrics, runs, tables
+from zsad_lib.evaluation import labels, metrics, runs, tables
 from zsad_lib.evaluation.runs import load_results, run_folder, score
 from zsad_lib.evaluation.tables import compare, evaluate_run
 from zsad_lib.methods import Scores, make_method
+from zsad_lib.notebook.plots import save_heatmaps
 
 SIZE = 12
 QUIET = {"progress": False}
@@ -98,10 +106,49 @@ def test_a_moved_dataset_is_the_same_run_and_a_changed_one_is_not(tree, tmp_path
     assert run_folder(moved, Fake(), tmp_path) != here
 
 
+def overwrite(path):
+    """Another content of the same length, with the old time of change."""
+    before = path.stat()
+    path.write_bytes(path.read_bytes()[::-1])
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def first_changed(data, **fields):
+    return replace(data, samples=(replace(data[0], **fields), *data.samples[1:]))
+
+
+CHANGES = {  # of the files, of the data set, of the method, of the library
+    "image": lambda data, method, patch: overwrite(data[0].image_path),
+    "mask": lambda data, method, patch: overwrite(data[-1].mask_path),
+    "label": lambda data, method, patch: first_changed(data, label=1),
+    "defect": lambda data, method, patch: first_changed(data, defect="dent"),
+    "order": lambda data, method, patch: replace(data, samples=data.samples[::-1]),
+    "option": lambda data, method, patch: patch.setattr(method, "config", {"seed": 4}),
+    "size": lambda data, method, patch: patch.setattr(method, "size", SIZE + 1),
+    "layout": lambda data, method, patch: patch.setattr(runs, "FORMAT", runs.FORMAT + 1),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_every_input_is_in_the_fingerprint(tree, tmp_path, monkeypatch, change):
+    method = Fake()
+    before = run_folder(tree, method, tmp_path)
+    changed = CHANGES[change](tree, method, monkeypatch) or tree
+    assert run_folder(changed, method, tmp_path) != before
+
+
 def test_a_finished_run_is_not_computed_again(run, log):
     one = run(Fake(log))
     calls = len(batches(log))
     assert same(one, run(Fake(log))) and len(batches(log)) == calls
+
+
+def wait_for(process, log, count):
+    """Until the process has begun so many batches."""
+    end = time.monotonic() + 60
+    while not log.exists() or len(batches(log)) < count:
+        assert process.is_alive() and time.monotonic() < end, "the worker did not get that far"
+        time.sleep(0.005)
 
 
 @contextlib.contextmanager
@@ -110,10 +157,7 @@ def stuck_worker(tree, log, out, stuck_in):
     options = {"batch_size": 4, "progress": False}
     process = forked(score, tree, Fake(log, stuck_in), out, **options)
     try:
-        end = time.monotonic() + 60
-        while not log.exists() or len(batches(log)) < stuck_in:
-            assert process.is_alive() and time.monotonic() < end, "the worker did not get that far"
-            time.sleep(0.005)
+        wait_for(process, log, stuck_in)
         yield process
     finally:
         process.kill()
@@ -139,6 +183,140 @@ def test_second_process_is_told_who_is_at_work(tree, run, log, tmp_path):
     with stuck_worker(tree, log, tmp_path / "runs", stuck_in=1) as process:
         with pytest.raises(RunError, match=f"process {process.pid}"):
             run(Fake())
+
+
+def test_sigterm_marks_a_run_interrupted(tree, log, tmp_path):
+    def work():
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+        score(tree, Fake(log, stuck_in=2), tmp_path, batch_size=4, **QUIET)
+
+    process = forked(work)
+    wait_for(process, log, 2)
+    process.terminate()
+    process.join(30)
+    run = runs.read_run(run_folder(tree, Fake(), tmp_path))
+    assert process.exitcode == 143 and run["state"] == "interrupted"
+
+
+def test_a_full_disk_does_not_hide_what_went_wrong_first(tree, run, monkeypatch):
+    def full(path, content):
+        raise OSError(errno.ENOSPC, "no space left on device")
+
+    class Fails(Fake):
+        def score(self, images, ids, categories):
+            monkeypatch.setattr(store, "write_json", full)
+            raise RuntimeError("the first")
+
+    with pytest.raises(RuntimeError, match="the first"):
+        run(Fails())
+
+
+class Stops(Fake):
+    """Ends at its second batch, after `meanwhile`."""
+
+    def __init__(self, log, meanwhile=lambda: None):
+        super().__init__(log)
+        self.meanwhile = meanwhile
+
+    def score(self, images, ids, categories):
+        if self.log.exists():
+            self.meanwhile()
+            raise KeyboardInterrupt
+        return super().score(images, ids, categories)
+
+
+def test_an_interrupted_run_starts_anew_and_says_so_when_an_image_has_changed(tree, run, log, capsys):
+    with pytest.raises(KeyboardInterrupt):
+        run(Stops(log), batch_size=4)
+    old = run_folder(tree, Fake(), log.parent / "runs")
+    brighter = np.asarray(Image.open(tree[0].image_path)) + 9
+    save_image(tree[0].image_path, brighter)
+    results = run(Fake(), batch_size=4)
+    said = capsys.readouterr().err
+    assert results.folder != old and f"{old} is not finished, but of other content" in said and said.count("\n") == 1
+    assert same(results, run(Fake(), out="other", batch_size=4))
+    run(Fake(depth=1), batch_size=4)
+    assert f"{old} is not finished, but of other settings" in capsys.readouterr().err
+
+
+def test_an_image_that_changes_while_it_is_scored_is_refused(tree, run, log):
+    class Changes(Fake):
+        def score(self, images, ids, categories):
+            save_image(tree[5].image_path, np.zeros((16, 16, 3), np.uint8))
+            return super().score(images, ids, categories)
+
+    with pytest.raises(RunError, match="005.png or its mask changed"):
+        run(Changes(), batch_size=6)
+    assert not list(log.parent.rglob("batch-*")), "a batch of two contents was kept"
+
+
+def test_a_batch_of_other_inputs_is_never_taken(tree, run, tmp_path, capsys):
+    """Even one of the same images, put into the folder by hand."""
+    old, new = run(Fake(), batch_size=6), run(Fake(depth=1), batch_size=6)
+    path = sorted(new.folder.glob("batch-*"))[0]
+    path.write_bytes((old.folder / path.name).read_bytes())
+    with pytest.raises(RunError, match=path.name):
+        load_results(new.folder)
+    capsys.readouterr()
+    assert same(run(Fake(depth=1), batch_size=6), new)
+    assert str(path) in capsys.readouterr().err
+
+
+def damaged_runs(content):
+    """What may stand in a run.json in place of its content, by name."""
+    whole = json.loads(content)
+    wrong = {"samples": 3, "config": [], "dataset": None, "state": "done", "fingerprint": {}, "size": float("nan")}
+    texts = {f"mistyped {key}": json.dumps(whole | {key: value}) for key, value in wrong.items()}
+    texts |= {f"without {key}": json.dumps({k: v for k, v in whole.items() if k != key}) for key in runs.INPUTS}
+    texts |= {"list": "[]", "null": "null", "number": "1e999", "empty": "", "{}": "{}", "torn": content[:99].decode()}
+    texts |= {
+        "deep": "[" * 100000,
+        "deep config": json.dumps(whole).replace("{", '{"a": ' + "[" * 900 + "]" * 900 + ",", 1),
+    }
+    return {name: text.encode() for name, text in texts.items()} | {"not UTF-8": b"\xff\xfe"}
+
+
+def test_a_damaged_run_is_named_or_left_out(tree, run, tmp_path):
+    good, bad = run(Fake()), run(Fake(depth=1))
+    path = bad.folder / "run.json"
+    for name, content in damaged_runs(path.read_bytes()).items():
+        path.write_bytes(content)
+        for read in (lambda: load_results(bad.folder), lambda: labels.find_runs("", folders=[bad.folder])):
+            with pytest.raises(RunError, match="run.json") as error:
+                read()
+            assert "\n" not in str(error.value), name
+        found, left_out = labels.find_runs(tmp_path / "runs")
+        assert [results.folder for results in found] == [good.folder] and len(left_out) == 1, name
+        assert str(path) in left_out[0]
+    with pytest.raises(RunError, match="run.json"):
+        run(Fake(depth=1))
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(RunError, match="run.json"):
+        load_results(bad.folder)
+
+
+def test_names_that_are_not_utf8_or_long_are_scored_and_drawn(tmp_path):
+    for k, stem in enumerate((b"caf\xe9", b"x" * 251, b"=1+1", b"bell\x07\n")):
+        source = save_image(tmp_path / "in" / "one.png", np.full((8, 8, 3), 50 * k, np.uint8))
+        os.rename(source, os.fsencode(tmp_path / "in") + b"/" + stem + b".png")
+    images = load_dataset("folder", tmp_path / "in")
+    results = score(images, Fake(), tmp_path / "runs", **QUIET)
+    assert list(load_results(results.folder).frame["id"]) == [sample.id for sample in images.samples]
+    written = pd.read_csv(results.folder / "scores.csv")
+    assert len(written) == 4 and written["id"].str.contains("caf\\udce9", regex=False).any()
+    pictures = sorted(path.name for path in save_heatmaps(results, images.samples, tmp_path / "pictures").iterdir())
+    assert [name[:5] for name in pictures] == ["0000_", "0001_", "0002_", "0003_"]
+    assert all(name.isprintable() and len(name.encode()) < 250 for name in pictures)
+
+
+def test_categories_that_are_not_utf8_are_measured(tmp_path):
+    for name in (b"caf\xe9", b"lid"):
+        write_tree(tmp_path / "in", 2, ("box",))
+        os.rename(tmp_path / "in" / "box", os.fsencode(tmp_path / "in") + b"/" + name)
+    results = score(load_dataset("mvtec_ad", tmp_path / "in"), Fake(), tmp_path / "runs", **QUIET)
+    measured = evaluate_run(results, n_bootstrap=3)
+    assert os.fsdecode(b"caf\xe9") in set(measured["category"])
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "foreign", "gone"])
@@ -227,8 +405,9 @@ def test_broken_methods_are_named_with_their_images(run, tmp_path, change, messa
 def test_nothing_to_score_and_bad_batch_size(tree, tmp_path):
     with pytest.raises(RunError, match="no image"):
         score(runs.AnomalyDataset("none", tmp_path, ()), Fake(), tmp_path)
-    with pytest.raises(RunError, match="batch_size"):
-        score(tree, Fake(), tmp_path, batch_size=0)
+    for size in (0, -1, 1.5, True, float("nan"), "4", None):
+        with pytest.raises(RunError, match="batch_size"):
+            score(tree, Fake(), tmp_path, batch_size=size)
     with pytest.raises(RunError, match="not a run folder"):
         load_results(tmp_path)
 

@@ -1,11 +1,13 @@
 """What is kept is complete or absent, known by its key, and held by one process at a time."""
 
+import io
 import json
 import os
 import subprocess
 import sys
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from zsad_lib import store
@@ -70,7 +72,7 @@ def test_items_are_measured_once_each_whatever_the_selection(tmp_path):
         kept(1)
 
 
-@pytest.mark.parametrize("content", [b"", b"PK not a zip", b"\x00" * 100])
+@pytest.mark.parametrize("content", [b"", b"PK not a zip", b"\x00" * 100, b"\xff", b"[" * 100000])
 def test_damaged_files_are_named(tmp_path, content):
     for name, read in (("bad.npz", store.read_arrays), ("bad.json", store.read_json)):
         (tmp_path / name).write_bytes(content)
@@ -91,6 +93,65 @@ def test_a_fingerprint_is_of_the_content_and_not_of_its_order():
     assert store.file_name("a b/c: (random U-Net)") == "a_b_c_random_U-Net_"
 
 
+def test_a_file_is_known_by_its_content(tmp_path):
+    path, times = tmp_path / "a", (1_000_000_000, 1_000_000_000)
+    found = []
+    for content in (b"one", b"two", b"one"):
+        path.write_bytes(content)
+        os.utime(path, times)
+        found.append(store.file_hash(path))
+    assert found[0] == found[2] == store.digest(b"one") and found[1] == store.digest(b"two")
+
+
+def test_a_file_that_has_not_changed_is_read_once(tmp_path):
+    path = tmp_path / "a"
+    path.write_bytes(b"one")
+    first, before = store.file_hash(path), store._hash.cache_info().hits
+    assert store.file_hash(str(path)) == first and store._hash.cache_info().hits == before + 1
+
+
+def test_long_names_are_short_and_stay_apart():
+    names = {store.file_name(text) for text in ("é" * 300, "é" * 301, "x" * 300, "\udcff" + "x" * 300)}
+    assert len(names) == 4 and all(len(name.encode()) <= store.LONGEST for name in names)
+    assert store.file_name("a\udcff\x1b[31m\n/b") == "a_31m_b"
+
+
+def test_a_file_may_have_the_longest_name(tmp_path):
+    path = tmp_path / ("x" * 250 + ".json")
+    store.write_json(path, [1])
+    assert store.read_json(path) == [1]
+
+
+def test_cells_of_a_table_are_no_formulas():
+    texts = ["=1+1", "+x", "-x", "@x", "\tx", "\rx", "plain", "caf\udce9", 'a"b', ""]
+    frame = pd.DataFrame({"=name": texts, "number": np.linspace(-1, 1, 10, dtype=np.float32)}, index=texts)
+    found = pd.read_csv(io.StringIO(store.csv_text(frame)), index_col=0, keep_default_na=False)
+    escaped = ["'" + text for text in texts[:6]] + ["plain", "caf\\udce9", 'a"b', ""]
+    assert found["'=name"].tolist() == escaped == found.index.tolist()
+    assert np.array_equal(found["number"].astype(np.float32), frame["number"])
+    plain = frame[["number"]].reset_index(drop=True)
+    assert store.csv_text(plain, index=False) == plain.to_csv(index=False)
+
+
+def test_a_damaged_file_of_arrays_is_named_whatever_byte_it_is(tmp_path):
+    path = tmp_path / "a.npz"
+    store.write_arrays(path, {"a": np.arange(3)})
+    whole = path.read_bytes()
+    for k in range(len(whole)):
+        path.write_bytes(whole[:k] + bytes([whole[k] ^ 255]) + whole[k + 1 :])
+        try:
+            assert store.read_arrays(path)["a"].tolist() == [0, 1, 2]  # bytes that mean nothing, such as a date
+        except RunError as error:
+            assert "a.npz" in str(error)
+
+
+def test_arrays_of_no_items_are_named(tmp_path):
+    for arrays in ({"a": np.arange(2)}, {"a": np.arange(2), "keys": np.array(["one"])}):
+        store.write_arrays(tmp_path / "a.npz", arrays)
+        with pytest.raises(RunError, match="a.npz"):
+            store.kept_items(tmp_path, ["one"], lambda chosen: {"a": np.arange(1)})
+
+
 def test_a_lock_holds_other_processes_off_and_ends_with_its_process(tmp_path):
     code = f"from zsad_lib import store\nwith store.locked({str(tmp_path / 'lock')!r}, 'it'): print('held'); input()"
     with subprocess.Popen(
@@ -98,7 +159,7 @@ def test_a_lock_holds_other_processes_off_and_ends_with_its_process(tmp_path):
     ) as other:
         assert other.stdout.readline() == "held\n"
         with (
-            pytest.raises(RunError, match="another process is writing the run"),
+            pytest.raises(RunError, match=rf"another process is writing the run \(process {other.pid}\)"),
             store.locked(tmp_path / "lock", "the run"),
         ):
             pass

@@ -1,6 +1,8 @@
 """What is measured once and kept: files that are complete or absent, known by a fingerprint of what can change them."""
 
+import csv
 import hashlib
+import io
 import json
 import os
 import re
@@ -9,6 +11,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
@@ -19,7 +22,9 @@ from zsad_lib.errors import RunError
 
 WRITING = ".writing-"  # prefix of a file that is not complete yet
 DIGEST = "digest"  # name of the array that says under which key the others were measured
-DAMAGED = (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error)
+DAMAGED = (OSError, ValueError, KeyError, TypeError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
+LONGEST = 200  # bytes of a name; file systems take 255, and endings are added to it
+FORMULA = tuple("=+-@\t\r")  # how a cell starts that a spreadsheet would run
 
 
 def fingerprint(content: Any) -> str:
@@ -32,9 +37,24 @@ def digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
+def file_hash(path: Path | str) -> str:
+    """SHA-256 (hex) of a file's content, which is read again in a process only where the file's state has changed."""
+    found = os.stat(path)
+    return _hash(os.fspath(path), found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+
+
+@cache
+def _hash(path, *state):
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
 def file_name(text: str) -> str:
-    """The text with everything that a file name should not hold replaced by "_"."""
-    return re.sub(r"[^\w.+-]+", "_", text)
+    """The text with all that a file name should not hold replaced by "_"; a long one ends in a digest of the text."""
+    name = re.sub(r"[^\w.+-]+", "_", text).encode()
+    if len(name) > LONGEST:
+        name = name[: LONGEST - 17] + f"-{fingerprint(text)[:16]}".encode()
+    return name.decode(errors="ignore")
 
 
 @contextmanager
@@ -42,7 +62,7 @@ def writing(path: Path | str) -> Iterator[Path]:
     """A temporary path beside `path` to write to; it takes the name `path` once complete and on disk, or vanishes."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{WRITING}{os.getpid()}-{path.name}")
+    temporary = path.with_name(f"{WRITING}{os.getpid()}-{path.name[-40:]}")  # no longer than the name may be
     try:
         yield temporary
         with open(temporary, "rb") as file:
@@ -92,8 +112,26 @@ def write_json(path: Path | str, content: Any) -> None:
 def read_json(path: Path | str) -> Any:
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RunError(f"{path} cannot be read as JSON ({error}): restore or delete it") from error
+
+
+def csv_text(frame: Any, **options: Any) -> str:
+    """`to_csv` of a pandas frame, its texts made harmless: an apostrophe before what a spreadsheet would run as a
+    formula, and a backslash escape for what is not UTF-8."""
+    ends = {"lineterminator": "\r\n"}  # with these, csv quotes a carriage return in a cell
+    rows = csv.reader(io.StringIO(frame.to_csv(**options, **ends), newline=""))
+    text = io.StringIO(newline="")
+    csv.writer(text, **ends).writerows([_inert(cell) for cell in row] for row in rows)
+    return text.getvalue().replace("\r\n", "\n").encode(errors="backslashreplace").decode()
+
+
+def _inert(cell):
+    try:
+        float(cell)
+    except ValueError:
+        return "'" + cell if cell.startswith(FORMULA) else cell
+    return cell
 
 
 def write_arrays(path: Path | str, arrays: dict[str, Any]) -> None:
@@ -140,7 +178,11 @@ def kept_items(
             found.setdefault(key, (arrays, row))
 
     for path in sorted(Path(folder).glob("*.npz")):
-        add(read_arrays(path))
+        arrays = read_arrays(path)
+        lengths = {values.shape[:1] for name, values in arrays.items() if name not in shared}
+        if len(lengths) != 1 or "keys" not in arrays:
+            raise RunError(f"{path} holds no measurements of items: delete it")
+        add(arrays)
     missing = [k for k, key in enumerate(keys) if key not in found]
     parts = [missing[k : k + part] for k in range(0, len(missing), part)]
     for chosen in progress(parts) if progress and parts else parts:
@@ -158,16 +200,20 @@ def kept_items(
 
 @contextmanager
 def locked(path: Path | str, what: str) -> Iterator[None]:
-    """Hold the lock file `path`; RunError, naming `what` it guards, when another process holds it."""
+    """Hold the lock file `path`; RunError, naming `what` it guards, when another process holds it, and which."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
+    holder = Path(f"{path}.pid")
     lock = filelock.FileLock(path, timeout=0)
     try:
         lock.acquire()
     except filelock.Timeout:
-        raise RunError(f"another process is writing {what}: wait, or choose another --out") from None
+        process = f"process {holder.read_text()}" if holder.is_file() else "just started"
+        raise RunError(f"another process is writing {what} ({process}): wait, or choose another --out") from None
     try:
+        write_bytes(holder, str(os.getpid()).encode())
         yield
     finally:
+        holder.unlink(missing_ok=True)
         lock.release()
 
 
@@ -208,6 +254,6 @@ def read_lines(path: Path | str) -> list[dict]:
 def _record(line: bytes) -> dict | None:
     try:
         record = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return record if isinstance(record, dict) else None

@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import zip_longest
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 
 from zsad_lib import store
 from zsad_lib.data.datasets import load_dataset
-from zsad_lib.data.image_sets import IMAGE_SETS, ImageSet, load_image_set
+from zsad_lib.data.image_sets import IMAGE_SETS, UNROOTED, ImageSet, load_image_set
 from zsad_lib.data.images import load_images
 from zsad_lib.data.readers import Sample
 from zsad_lib.errors import DataError
@@ -40,9 +41,16 @@ class NormalImages:
     @property
     def record(self) -> dict[str, Any]:
         if isinstance(self.images, str):
-            return {"reference": {"name": self.images, "split": "train", "images": self.count}}
-        known, pixels = self.images, store.digest(self.images.images.numpy().tobytes())[:16]
-        return {"reference": {"name": known.name, "split": known.split, "images": len(known), "pixels": pixels}}
+            named = {"name": self.images, "split": "train", "images": self.count}
+            return {"reference": named if self.images in UNROOTED else named | {"pixels": self._pixels}}
+        known = self.images
+        named = {"name": known.name, "split": known.split, "images": len(known), "pixels": self._pixels}
+        return {"reference": named}
+
+    @cached_property
+    def _pixels(self):
+        images = self.images
+        return pixels_digest(load_image_set(images, "train", self.count) if isinstance(images, str) else images)
 
     def batches(self, size: int, count: int = 64) -> Iterator[Batch]:
         named = isinstance(self.images, str)
@@ -54,7 +62,14 @@ class NormalImages:
 
 def labelled_images(name: str, limit: int | None = None) -> LabelledImages:
     """`reference_samples` as a reference."""
-    return LabelledImages(reference_samples(name, limit), {"reference": name, "limit": limit})
+    samples = reference_samples(name, limit)
+    content = store.fingerprint([[s.id, s.label, store.file_hash(s.image_path)] for s in samples])[:16]
+    return LabelledImages(samples, {"reference": name, "limit": limit, "content": content})
+
+
+def pixels_digest(images: ImageSet) -> str:
+    """Sixteen digits for the pixels of an image set."""
+    return store.digest(images.images.numpy().tobytes())[:16]
 
 
 def normal_images(images: ImageSet | str, count: int = 500) -> NormalImages:

@@ -16,15 +16,20 @@ def find_runs(
     """The finished, labelled runs in `out` (or the named folders, whatever they are), and why others are left out."""
     found, loaded, left_out = folders or sorted(path.parent for path in Path(out).glob("*/run.json")), [], []
     for folder in found:
-        run = read_run(folder)
-        if run and dataset and run["dataset"] != dataset:
-            continue
-        if not folders and run["state"] != "finished":
-            left_out.append(f"{run['state']}: {folder}")
-        elif not folders and all(label < 0 for _, _, label, _ in run["samples"]):
-            left_out.append(f"no labels: {folder}")
-        else:
-            loaded.append(load_results(folder))
+        try:
+            run = read_run(folder)
+            if run and dataset and run["dataset"] != dataset:
+                continue
+            if not folders and run["state"] != "finished":
+                left_out.append(f"{run['state']}: {folder}")
+            elif not folders and all(label < 0 for _, _, label, _ in run["samples"]):
+                left_out.append(f"no labels: {folder}")
+            else:
+                loaded.append(load_results(folder))
+        except RunError as error:
+            if folders:
+                raise
+            left_out.append(str(error))
     if not loaded:
         where = f"among {len(found)} run folders" if folders else f"in {out}"
         reasons = "".join(f"; left out, {reason}" for reason in left_out)

@@ -1,25 +1,29 @@
 """Dataset x method -> results on disk, in batches that survive an interruption at any moment.
 
 A run lives in one folder, named after the dataset, the method and a fingerprint of everything that changes the numbers
-(method configuration, input size, sample ids, labels and file sizes)::
+(method configuration, input size, sample ids, labels, content of images and masks)::
 
     runs/synthad-divad-1f0c2a9b77/
         run.json           what was run, on what, with which versions; state: running, interrupted, finished
         batch-000000.npz   one batch, named by the position in the dataset of its first image
         scores.csv         one line an image, written at the end
 
-A batch file is complete or absent, so what is missing when the same run is started again is exactly what is scored.
-Ground truth travels with the scores (masks at the map's size, as bits): to evaluate a run takes neither the dataset nor
-the method.
+A batch file is complete or absent and names the fingerprint, so what is missing when the same run is started again is
+exactly what is scored. Ground truth travels with the scores (masks at the map's size, as bits): to evaluate a run takes
+neither the dataset nor the method.
 """
 
+import contextlib
 import importlib.metadata
+import json
 import os
 import platform
+import sys
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -32,7 +36,16 @@ from zsad_lib.data.readers import Sample
 from zsad_lib.errors import RunError
 from zsad_lib.methods.base import Method
 
-FORMAT = 1  # layout of a run folder; part of the fingerprint
+FORMAT = 2  # layout of a run folder; part of the fingerprint
+INPUTS = {  # what of run.json the fingerprint covers, in words
+    "format": "layout",
+    "dataset": "data set",
+    "method": "method",
+    "size": "input size",
+    "config": "settings or weights",
+    "samples": "images or labels",
+    "contents": "content of images or masks",
+}
 COLUMN = "column-"  # prefix of the arrays of a batch file that become columns of the frame
 PACKAGES = ("zsad_lib", "torch", "diffusers", "transformers", "numpy")
 
@@ -61,15 +74,19 @@ def score(
     """
     if not len(dataset):
         raise RunError(f"dataset {dataset.name} has no image to score: loosen the selection")
-    if batch_size < 1:
-        raise RunError(f"batch_size must be 1 or more, not {batch_size}")
-    header, folder = _header(dataset, method), run_folder(dataset, method, out)
-    if read_run(folder, header).get("state") == "finished":
+    if type(batch_size) is not int or batch_size < 1:
+        raise RunError(f"batch_size must be a whole number, 1 or more, not {batch_size!r}")
+    header = _header(dataset, method)
+    folder = _folder(header, out)
+    before = read_run(folder, header)
+    if not before:
+        _say_unfinished(folder, header)
+    if before.get("state") == "finished":
         try:
             return load_results(folder)
         except RunError:
             pass  # a batch file was lost or damaged since: score it again
-    with store.locked(folder / "lock", f"{folder} (process {read_run(folder, header).get('pid')})"):
+    with store.locked(folder / "lock", str(folder)):
         _fill(folder, header, dataset, method, batch_size, progress)
     return load_results(folder)
 
@@ -87,8 +104,27 @@ def score_all(
 
 def run_folder(dataset: AnomalyDataset, method: Method, out: Path | str) -> Path:
     """Where `score` keeps its results: out/{dataset}-{method}-{first ten digits of the fingerprint}."""
-    name = store.file_name(f"{dataset.name}-{method.name}")
-    return Path(out) / f"{name}-{_header(dataset, method)['fingerprint'][:10]}"
+    return _folder(_header(dataset, method), out)
+
+
+def _folder(header, out) -> Path:
+    name = store.file_name(f"{header['dataset']}-{header['method']}")
+    return Path(out) / f"{name}-{header['fingerprint'][:10]}"
+
+
+def _say_unfinished(folder, header) -> None:
+    """Name the unfinished runs of the same method and data set, and why none of them is gone on with."""
+    for other in sorted(folder.parent.glob(f"{folder.name.rpartition('-')[0]}-*")):
+        with contextlib.suppress(RunError):
+            run = read_run(other)
+            alike = all(run.get(key) == header[key] for key in ("dataset", "method", "control"))
+            if alike and run["state"] != "finished":
+                changed = next(words for key, words in INPUTS.items() if run[key] != header[key])
+                _say(f"{folder} starts anew: {other} is not finished, but of other {changed}")
+
+
+def _say(line: str) -> None:
+    tqdm.write(line, file=sys.stderr)
 
 
 def _fill(folder, header, dataset, method, batch_size, progress) -> None:
@@ -98,9 +134,9 @@ def _fill(folder, header, dataset, method, batch_size, progress) -> None:
     before = read_run(folder).get("versions", header["versions"])
     if before != header["versions"]:  # batches of two installations in one run: keep both on record
         header = header | {"versions": before, "finished_with": header["versions"]}
-    store.write_json(folder / "run.json", header | {"state": "running", "pid": os.getpid()})
     try:
-        done = _done(folder, {sample.id for sample in dataset.samples})
+        store.write_json(folder / "run.json", header | {"state": "running"})
+        done = _done(folder, {sample.id for sample in dataset.samples}, header["fingerprint"])
         counts = {"total": len(dataset), "initial": len(done), "unit": "img"}
         with tqdm(desc=folder.name, disable=not progress, **counts) as bar:
             for first in range(0, len(dataset), batch_size):
@@ -108,13 +144,23 @@ def _fill(folder, header, dataset, method, batch_size, progress) -> None:
                 todo = [i for i in chunk if dataset[i].id not in done]
                 if todo:
                     arrays = _score_batch(method, [dataset[i] for i in todo])
+                    _check_unchanged([dataset[i] for i in todo], [header["contents"][i] for i in todo])
+                    arrays[store.DIGEST] = np.array(header["fingerprint"])
                     store.write_arrays(folder / f"batch-{todo[0]:06d}.npz", arrays)
                     bar.update(len(todo))
-        store.write_bytes(folder / "scores.csv", load_results(folder).frame.to_csv(index=False).encode())
+        store.write_bytes(folder / "scores.csv", store.csv_text(load_results(folder).frame, index=False).encode())
         store.write_json(folder / "run.json", header | {"state": "finished"})
     except BaseException:
-        store.write_json(folder / "run.json", header | {"state": "interrupted"})
+        with contextlib.suppress(OSError):  # a full disk: what went wrong first is what counts
+            store.write_json(folder / "run.json", header | {"state": "interrupted"})
         raise
+
+
+def _check_unchanged(samples, contents) -> None:
+    """Refuse a batch whose files are no longer those of the run's fingerprint."""
+    for sample, content in zip(samples, contents, strict=True):
+        if _content(sample) != content:
+            raise RunError(f"{sample.image_path} or its mask changed meanwhile: start again, and the run starts anew")
 
 
 def _score_batch(method: Method, samples: Sequence[Sample]) -> dict[str, np.ndarray]:
@@ -166,7 +212,7 @@ def load_results(folder: Path | str) -> Results:
     position = {name: i for i, name in enumerate(frame["id"])}
     stacks, seconds = {COLUMN + "pred_score": np.full(len(frame), np.nan, np.float32)}, 0.0
     for path in sorted(folder.glob("batch-*.npz")):
-        arrays = _read_batch(path, position)
+        arrays = _read_batch(path, position, run["fingerprint"])
         if arrays is None:
             raise RunError(f"{path} is damaged: run the same `zsad score` again to redo that batch")
         seconds += float(arrays.pop("seconds"))
@@ -192,25 +238,28 @@ def load_results(folder: Path | str) -> Results:
     return Results(frame, maps, masks, run | {"seconds": seconds}, folder)
 
 
-def _done(folder: Path, ids: set[str]) -> set[str]:
-    """Ids with a stored score; damaged batch files are removed on the way."""
+def _done(folder: Path, ids: set[str], fingerprint: str) -> set[str]:
+    """Ids with a stored score; batch files that are damaged or of another run are removed on the way."""
     done = set()
     for path in sorted(folder.glob("batch-*.npz")):
-        arrays = _read_batch(path, ids)
+        arrays = _read_batch(path, ids, fingerprint)
         if arrays is None:
+            _say(f"{path} is damaged or of other inputs: its images are scored again")
             path.unlink()
         else:
             done.update(arrays["ids"].tolist())
     return done
 
 
-def _read_batch(path: Path, ids) -> dict[str, np.ndarray] | None:
-    """The arrays of a batch file, or None when it is damaged or of other images."""
+def _read_batch(path: Path, ids, fingerprint: str) -> dict[str, np.ndarray] | None:
+    """The arrays of a batch file, or None when it is damaged or of another run."""
     try:
         arrays = store.read_arrays(path)
     except RunError:
         return None
-    lengths = {len(values) for key, values in arrays.items() if key != "seconds"}
+    if str(arrays.pop(store.DIGEST, None)) != fingerprint:
+        return None
+    lengths = {values.shape[:1] for key, values in arrays.items() if key != "seconds"}
     whole = {"ids", "seconds", COLUMN + "pred_score"} <= set(arrays) and len(lengths) == 1
     return arrays if whole and all(name in ids for name in arrays["ids"]) else None
 
@@ -219,15 +268,20 @@ def _header(dataset: AnomalyDataset, method: Method) -> dict:
     """The part of run.json that says what is run; "fingerprint" covers all that changes the numbers."""
     identity = {"format": FORMAT, "dataset": dataset.name, "method": method.name, "size": method.size}
     identity["config"] = method.config
-    samples = [[s.id, s.category, s.label, s.defect] for s in dataset.samples]
-    files = [[p and p.stat().st_size for p in (s.image_path, s.mask_path)] for s in dataset.samples]
+    identity["samples"] = [[s.id, s.category, s.label, s.defect] for s in dataset.samples]
+    identity["contents"] = [_content(sample) for sample in dataset.samples]
+    identity = json.loads(json.dumps(identity))  # as it is read again
     return identity | {
         "control": method.control,
-        "seed": method.config.get("seed"),
-        "fingerprint": store.fingerprint([identity, samples, files]),
+        "seed": identity["config"].get("seed"),
+        "fingerprint": store.fingerprint(identity),
         "versions": _versions(),
-        "samples": samples,
     }
+
+
+def _content(sample: Sample) -> str:
+    """Sixteen digits for the content of an image and its mask."""
+    return store.fingerprint([path and store.file_hash(path) for path in (sample.image_path, sample.mask_path)])[:16]
 
 
 def _versions() -> dict[str, str]:
@@ -242,8 +296,19 @@ def _versions() -> dict[str, str]:
 
 def read_run(folder: Path, header: dict | None = None) -> dict:
     """run.json as a dict, or {} when there is none; with `header` it must be of the same run."""
-    path = folder / "run.json"
-    run = store.read_json(path) if path.is_file() else {}
-    if run and header and run.get("fingerprint") != header["fingerprint"]:
+    path = Path(folder) / "run.json"
+    if not os.path.lexists(path):
+        return {}
+    run = store.read_json(path)
+    if not _is_whole(run):
+        raise RunError(f"{path} is damaged or of another version: delete {folder}, and score again")
+    if header and run["fingerprint"] != header["fingerprint"]:
         raise RunError(f"{folder} holds another run, by its run.json: delete it or choose another --out")
     return run
+
+
+def _is_whole(run: Any) -> bool:
+    """Whether the content of a run.json is what was written, by its own fingerprint."""
+    if not isinstance(run, dict) or run.get("state") not in ("running", "interrupted", "finished"):
+        return False
+    return run.get("fingerprint") == store.fingerprint({key: run.get(key) for key in INPUTS})

@@ -145,7 +145,7 @@ def _draws(labels, category, group, n_bootstrap, seed):
     weights = np.ones((len(labels), 1 + n_bootstrap))
     for label, name in enumerate((category, group)):
         rows = np.flatnonzero(labels == label)
-        rng = np.random.default_rng([seed, label, *hashlib.sha256(name.encode()).digest()])
+        rng = np.random.default_rng([seed, label, *hashlib.sha256(name.encode(errors="surrogatepass")).digest()])
         if len(rows):
             weights[rows, 1:] = rng.multinomial(len(rows), np.full(len(rows), 1 / len(rows)), n_bootstrap).T
     return weights

@@ -155,7 +155,8 @@ def save_heatmaps(results: Results, samples: Sequence[Sample], folder: str | Pat
         pair = torch.cat([image, overlay(image, maps[k], top)], dim=2)
         pixels = (to_picture(pair) * 255).round().astype(np.uint8)
         shown = Image.fromarray(pixels).resize((512, 256), Image.Resampling.NEAREST)
-        shown.save(folder / f"{rank:04d}_{scores[k]:.4f}_{samples[k].image_path.stem}.png")
+        name = store.file_name(f"{rank:04d}_{scores[k]:.4f}_{samples[k].image_path.stem}")
+        shown.save(folder / f"{name}.png")
     return folder
 
 

@@ -67,7 +67,7 @@ def measure_kept(
     progress: Callable | None = None,
 ) -> Measured:
     """`Measuring.measure` of samples, image by image kept below `folder`; progress: wraps the parts to do (tqdm)."""
-    keys = [store.fingerprint([sample.id, sample.image_path.stat().st_size]) for sample in samples]
+    keys = [store.fingerprint([sample.id, store.file_hash(sample.image_path)]) for sample in samples]
 
     def errors(chosen):
         return vars(noise_errors.join([model.errors(*part) for part in _batches(model, samples, chosen)]))

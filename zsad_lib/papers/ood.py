@@ -18,6 +18,7 @@ import pandas as pd
 from zsad_lib import store
 from zsad_lib.anomaly.density import atypicality
 from zsad_lib.data.image_sets import available, load_image_set
+from zsad_lib.data.references import pixels_digest
 from zsad_lib.diffusion.pixel import PixelModel, load_pixel_model
 from zsad_lib.errors import DataError
 from zsad_lib.evaluation.metrics import auroc
@@ -105,9 +106,10 @@ def collect(
     named, features = f"{Path(model.label).name} {store.fingerprint([model.config, steps, seed])[:8]}", {}
     for name in sets:
         images = load_image_set(name, split, count, model.image_size)
-        path = Path(folder) / re.sub(r"[^\w.-]+", "-", named) / f"{name}-{split}-{count}.npz"
+        key = store.fingerprint([settings, images.ids, pixels_digest(images)])
+        path = Path(folder) / re.sub(r"[^\w.-]+", "-", named) / f"{name}-{split}-{count}-{key[:8]}.npz"
         measure = partial(extract, model, images.images, images.ids, steps, seed, progress=progress)
-        features[name] = store.kept(path, store.fingerprint([settings, images.ids]), measure)
+        features[name] = store.kept(path, key, measure)
     return features
 
 
