@@ -126,6 +126,19 @@ def test_path_reading_is_diffpath(saved_pixel, collected):
     np.testing.assert_allclose(scores, method.score(images.images, images.ids, images.ids).image, rtol=1e-4)
 
 
+def test_the_second_version_reads_the_weighted_errors(collected):
+    train, test = (side["digits"] for side in collected)
+    scores = {}
+    for weight in ("", *stein_ssim.WEIGHTS):
+        reading = ood.PathReading("6d", (1,), weight)
+        scores[ood.label(reading)] = reading.scores(test, reading.fit(train))
+    assert list(scores) == [f"DiffPath{v}-6D (small mixtures)" for v in ("", "V2 (1 − SSIM)", "V2 (SSIM)")]
+    assert len({tuple(values) for values in scores.values()}) == 3
+    other = train | {"dissimilarity_change_powers": 2 * train["dissimilarity_change_powers"]}
+    reading = ood.PathReading("6d", (1,), "dissimilarity")
+    assert not np.allclose(reading.scores(other, reading.fit(train)), reading.scores(train, reading.fit(train)))
+
+
 def test_left_out_readings_give_the_scores_of_a_kept_one(collected):
     train, test = collected
     kept, labels = ood.distinct_readings(density="kde"), [ood.label(r) for r in ood.distinct_readings()]
@@ -144,7 +157,8 @@ def test_readings_go_by_their_label_and_mixtures_need_enough_reference_images():
     assert all(ood.label(reading) == title for title, reading in some.items())
     assert not [title for title in some if title.endswith("gmm")] and "DiffPath-1D" in some
     assert some.keys() < every.keys() > {"DiffPath-1D", "DiffPath-6D (small mixtures)"}
-    assert "DiffPath-6D" in ood.all_readings(112) and "DiffPath-6D" not in ood.all_readings(111)
+    sixes = {"DiffPath-6D", "DiffPathV2 (1 − SSIM)-6D", "DiffPathV2 (SSIM)-6D"}
+    assert sixes <= ood.all_readings(112).keys() and not sixes & ood.all_readings(111).keys()
 
 
 def test_study_has_the_control_and_goes_on_from_kept_features(saved_pixel, tmp_path, monkeypatch):

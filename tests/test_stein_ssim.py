@@ -10,7 +10,7 @@ from helpers import save_image
 from skimage.metrics import structural_similarity
 from tiny import tiny_pixel_model, tiny_unet
 
-from zsad_lib.anomaly.ssim import ssim
+from zsad_lib.anomaly.ssim import ssim, ssim_map
 from zsad_lib.data.datasets import load_dataset
 from zsad_lib.data.image_sets import load_image_set
 from zsad_lib.data.references import normal_images
@@ -63,6 +63,17 @@ def test_ssim_is_scikit_images(shape, data_range):
     np.testing.assert_allclose(ssim(flat, other), scikit(flat, other, 1), atol=1e-9)
 
 
+@pytest.mark.parametrize("shape", [(2, 3, 32, 32), (1, 1, 7, 20)])
+def test_the_map_of_ssim_is_scikit_images_at_every_place(shape):
+    x = torch.rand(shape)
+    y = (x + 0.2 * torch.randn(shape)).clamp(0, 1)
+    options = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "data_range": 1, "full": True}
+    options |= {"win_size": 2 * min(5, (min(shape[2:]) - 1) // 2) + 1}  # it asks for it to fit, and then leaves it aside
+    for image, other, found in zip(x.double().numpy(), y.double().numpy(), ssim_map(x, y).numpy(), strict=True):
+        expected = structural_similarity(image, other, channel_axis=0, **options)[1]
+        np.testing.assert_allclose(found, expected, atol=1e-9)
+
+
 def test_ssim_of_equals_is_one_and_symmetric():
     for x in (torch.rand(2, 3, 16, 16), torch.zeros(2, 3, 16, 16), torch.ones(2, 3, 16, 16)):
         assert ssim(x, x.clone()).tolist() == [1, 1]
@@ -87,6 +98,23 @@ def test_denoising_features_are_what_they_say(features):
     score = (-noise / (1 - alpha).sqrt() + eps / (1 - alpha).sqrt()).square().mean((1, 2, 3))
     np.testing.assert_allclose(features["denoising_score"][:, k], score, rtol=1e-4)
     np.testing.assert_allclose(features["denoising_ssim"][:, k], scikit(x, estimate, 1), atol=1e-4)
+
+
+def test_weighted_errors_are_summed_as_a_path():
+    """Written again: errors of every timestep times 1 − SSIM or SSIM of the place, and their change, to three powers."""
+    model, x = tiny_pixel_model(), images()
+    errors, similarity = [], []
+    for t in range(0, 1000, 100):
+        noise = image_noise(names(), f"stein_ssim-{t}", 0, (3, 16, 16))
+        _, predicted, estimate = stein_ssim.one_step(model, 2 * x - 1, noise, t)
+        errors.append((noise - predicted).double().numpy())
+        similarity.append(ssim_map(x, (estimate / 2 + 0.5).clamp(0, 1)).numpy())
+    errors, similarity = np.stack(errors, 1), np.stack(similarity, 1)
+    found, change = extract(model, x, names(), errors=("denoising",)), 10 * np.diff(errors, axis=1)
+    for name, weight in zip(stein_ssim.WEIGHTS, (1 - similarity, similarity), strict=True):
+        for part, values in (("noise", errors * weight), ("change", change * weight[:, 1:])):
+            expected = np.stack([(values**p).sum((2, 3, 4)) for p in (1, 2, 3)], -1)
+            np.testing.assert_allclose(found[f"{name}_{part}_powers"], expected, rtol=1e-3, atol=1e-2)
 
 
 def test_one_step_takes_the_predicted_noise_off_again():

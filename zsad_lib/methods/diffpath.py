@@ -65,14 +65,16 @@ def path_states(model: PixelModel, noise: torch.Tensor, estimates: torch.Tensor)
     return ddim.add_noise(estimates, noise, model.alphas_cumprod[grid].to(noise).view(-1, 1, 1, 1))
 
 
-def path_powers(noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def path_powers(noise: torch.Tensor, weight: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Sums over channels and pixels of a path's noise [B,K,C,H,W], and of its change, to the powers 1, 2, 3.
 
     float64 (noise_powers [B,K,3], change_powers [B,K−1,3]) on the CPU; the change between two steps is multiplied by K,
-    the inverse of the step's length.
+    the inverse of the step's length. weight [B,K,C,H,W]: of both at every place, a change has its later step's.
     """
     noise = noise.double()
     change = noise.diff(dim=1) * noise.shape[1]
+    if weight is not None:
+        noise, change = noise * weight, change * weight[:, 1:]
     return tuple(torch.stack([(v**p).sum((2, 3, 4)) for p in (1, 2, 3)], -1).cpu() for v in (noise, change))
 
 

@@ -17,7 +17,7 @@ import torch
 from tqdm.auto import tqdm
 
 from zsad_lib.anomaly import density as densities
-from zsad_lib.anomaly.ssim import RADIUS, ssim
+from zsad_lib.anomaly.ssim import RADIUS, ssim, ssim_map
 from zsad_lib.diffusion import ddim
 from zsad_lib.diffusion.noise import image_noise, to_host
 from zsad_lib.diffusion.pixel import PixelModel
@@ -33,6 +33,7 @@ Decision = Literal["sum", "typicality"]
 Density = Literal["gmm", "kde"]
 ERRORS, SCALES, AMPLIFICATIONS = get_args(Error), get_args(Scale), get_args(Amplification)
 DECISIONS, DENSITIES = get_args(Decision), get_args(Density)
+WEIGHTS = ("dissimilarity", "similarity")  # of an error at a place: 1 − SSIM, or SSIM
 COMPONENTS, FOLDS = (1, 2, 5, 10), 5  # the mixtures that "gmm" chooses from
 Features = dict[str, np.ndarray]  # of `extract`
 
@@ -58,7 +59,9 @@ def extract(
 
     - "denoising": at each of the K timesteps the image gets noise ε, drawn from its id, the timestep and `seed`:
       "denoising_noise" [N,K], the mean of (ε − ε_θ)² over channels and pixels; "denoising_score", the same over
-      1 − ᾱ_t, for the Stein score is −ε/√(1 − ᾱ_t); "denoising_ssim", image against its one-step estimate.
+      1 − ᾱ_t, for the Stein score is −ε/√(1 − ᾱ_t); "denoising_ssim", image against its one-step estimate; and of the
+      error ε − ε_θ times each of WEIGHTS what `path_powers` gives: "WEIGHT_noise_powers" [N,K,3]
+      and "WEIGHT_change_powers" [N,K−1,3].
     - "trajectory": along `noise_path` (clip: as there): "trajectory_noise" [N,K−1], the mean of (K·Δε)²;
       "trajectory_score", likewise of the score; "trajectory_ssim", image against the estimate at the later step; and
       "noise_powers" [N,K,3] and "change_powers" [N,K−1,3], from which `diffpath.path_statistics` follow.
@@ -97,15 +100,22 @@ def one_step(
 
 
 def _denoising(model, pixels, ids, grid, seed):
-    noise_errors, similarities = [], []
+    clean, errors, estimates = model.to_images(pixels), [], []
     for t in grid:
         noise = image_noise(ids, f"stein_ssim-{t}", seed, pixels.shape[1:]).to(pixels)
         _, predicted, estimate = one_step(model, pixels, noise, t)
-        noise_errors.append((predicted - noise).double().square().mean((1, 2, 3)))
-        similarities.append(ssim(model.to_images(pixels), model.to_images(estimate)))
-    error, similarity = torch.stack(noise_errors, 1).cpu(), torch.stack(similarities, 1)
-    scaled = error / (1 - model.alphas_cumprod[grid])
-    return {"denoising_noise": error, "denoising_score": scaled, "denoising_ssim": similarity}
+        errors.append((predicted - noise).double())
+        estimates.append(model.to_images(estimate))
+    error = torch.stack([e.square().mean((1, 2, 3)) for e in errors], 1).cpu()
+    found = {
+        "denoising_noise": error,
+        "denoising_score": error / (1 - model.alphas_cumprod[grid]),
+        "denoising_ssim": torch.stack([ssim(clean, estimate) for estimate in estimates], 1),
+    }
+    errors, similarity = -torch.stack(errors, 1), torch.stack([ssim_map(clean, e) for e in estimates], 1)
+    for weight, factor in zip(WEIGHTS, (1 - similarity, similarity), strict=True):
+        found[f"{weight}_noise_powers"], found[f"{weight}_change_powers"] = path_powers(errors, factor)
+    return found
 
 
 def _trajectory(model, pixels, grid, clip):

@@ -41,10 +41,16 @@ COLUMNS = ["base", "in", "out", "reading", "evaluations", "value", "low", "high"
 
 @dataclass(frozen=True)
 class PathReading:
-    """DiffPath with the interface of `stein_ssim.Reading`, from the same features."""
+    """DiffPath with the interface of `stein_ssim.Reading`, from the same features.
+
+    With a weight it is "DiffPathV2-6D", as accounts of the full paper of Abdi et al. describe their method: the same
+    statistics of the errors ε − ε_θ in place of the noise, each times 1 − SSIM (or, by other accounts, SSIM) of its
+    place. They do not say which noise is drawn: here it is the errors' of "denoising", anew at each timestep.
+    """
 
     variant: str = "6d"  # `diffpath.path_statistics`
     components: tuple[int, ...] = diffpath.COMPONENTS  # "6d" chooses from; these want 112 reference images or more
+    weight: str = ""  # one of `stein_ssim.WEIGHTS`, or none
 
     def fit(self, reference: Features, seed: int = 0) -> Any:
         """The density of the reference's statistics, as the authors fit it."""
@@ -55,7 +61,8 @@ class PathReading:
         return atypicality(density, self._values(features))
 
     def _values(self, features):
-        powers = features["noise_powers"], features["change_powers"]
+        prefix = self.weight and f"{self.weight}_"
+        powers = features[f"{prefix}noise_powers"], features[f"{prefix}change_powers"]
         return diffpath.path_statistics(*powers, self.variant).numpy()
 
 
@@ -63,7 +70,8 @@ def label(reading: Any) -> str:
     """A reading in words: "trajectory error / SSIM, score, kde"; "sum" or the density says how it decides."""
     if isinstance(reading, PathReading):
         small = "" if reading.variant == "1d" or max(reading.components) >= 50 else " (small mixtures)"
-        return f"DiffPath-{reading.variant.upper()}{small}"
+        version = {"": "", "dissimilarity": "V2 (1 − SSIM)", "similarity": "V2 (SSIM)"}[reading.weight]
+        return f"DiffPath{version}-{reading.variant.upper()}{small}"
     what = {"product": " × (1 − SSIM)", "ratio": " / SSIM", "none": " alone", "joint": " and SSIM"}
     decision = "sum" if reading.decision == "sum" else reading.density
     return f"{reading.error}{what[reading.amplification]}, {reading.scale}, {decision}"
@@ -81,10 +89,12 @@ def labelled(readings: Iterable) -> Readings:
 
 
 def all_readings(reference_images: int, **fixed: Any) -> Readings:
-    """{label: reading}: the distinct readings, DiffPath-1D, and 6D with the authors' mixtures where so many suffice."""
-    paths = [PathReading("1d"), PathReading("6d", stein_ssim.COMPONENTS)]
+    """{label: reading}: the distinct readings, DiffPath-1D, and DiffPath-6D and its second version with small mixtures,
+    and with the authors' where so many images suffice."""
+    paths, sizes = [PathReading("1d")], [stein_ssim.COMPONENTS]
     if reference_images - -(-reference_images // 10) >= max(diffpath.COMPONENTS):
-        paths.append(PathReading("6d"))
+        sizes.append(diffpath.COMPONENTS)
+    paths += [PathReading("6d", size, weight) for size in sizes for weight in ("", *stein_ssim.WEIGHTS)]
     return labelled([*distinct_readings(**fixed), *paths])
 
 
