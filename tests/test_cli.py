@@ -289,7 +289,10 @@ def test_train_and_report_pass_their_options_on(monkeypatch):
     monkeypatch.setattr("zsad_lib.notebook.report.build", lambda *args, **options: calls.append((args, options)))
     invoke("train", "lite-foundation", "--steps", 5, "--seed", 2, "--no-resume")
     invoke("report", "--only", "02", "--out", "there", "--seed", 3)
-    assert calls[0] == (("lite-foundation",), {"steps": 5, "seed": 2, "device": "auto", "resume": False})
+    assert calls[0] == (
+        ("lite-foundation",),
+        {"steps": 5, "seed": 2, "device": "auto", "resume": False, "overwrite": False},
+    )
     assert calls[1] == ((), {"profile": "lite", "out": Path("there"), "only": "02", "seed": 3})
 
 
