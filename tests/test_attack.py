@@ -99,7 +99,8 @@ def good(saved, saved_pixel, tmp_path_factory):
         write("full/notes.txt", "mine")
         write("notes.txt", "mine")
         torch.save({"weight": torch.zeros(2)}, "c.ckpt")
-        nbformat.write(nbformat.v4.new_notebook(), write("notebooks/01_x.ipynb", ""))
+        kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+        nbformat.write(nbformat.v4.new_notebook(metadata=kernel), write("notebooks/01_x.ipynb", ""))
     return folder
 
 
