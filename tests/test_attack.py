@@ -160,7 +160,7 @@ GUIDED = f"{SET} --method vlmdiff --backbone guided --features pixels --captions
 PATH = f"{SET} --method diffpath --backbone px"
 CAPTION = "caption mvtec_ad --root tree --device cpu"
 PIXEL = "train lite-ddpm-cifar10 --data pictures --device cpu --steps 1 --out new"
-OOD = "ood --base px --in digits --out-set noise --device cpu --out new"
+OOD = "ood --in digits --out-set noise --device cpu --out new --train 8 --test 4"
 BOTH = ("0", "-1", "1.5", "many", "nan")
 NUMBERS = ("0", "-1", "1.5", "NaN", "Infinity", '"many"', "null", "[]", "true", "{}")
 REALS = ("-1", "NaN", "Infinity", '"much"', "[]", "true")
@@ -225,13 +225,13 @@ OPTIONS = [  # (command, what the message names, values that are refused)
     ("data make synthad --out {}", "{}", ("notes.txt", "full", "notes.txt/below")),
     ("data check {}", "{}", ("nonsense", "visa")),
     ("data check mvtec_ad --root {}", "{}", ("nowhere", "notes.txt", "full")),
-    (OOD + " --train {}", "train", BOTH),
-    (OOD + " --test {}", "test", BOTH),
-    (OOD + " --bootstrap {}", "bootstrap", ("-1", "x")),
-    (OOD + " --reading {}", "reading", ("none",)),
-    (OOD + " --device {}", "device", ("tpu",)),
+    (OOD + " --base px --train {}", "train", BOTH),
+    (OOD + " --base px --test {}", "test", BOTH),
+    (OOD + " --base px --bootstrap {}", "bootstrap", ("-1", "x")),
+    (OOD + " --base px --reading {}", "reading", ("none",)),
+    (OOD + " --base px --device {}", "device", ("tpu",)),
     (OOD + " --base {}", "{}", ("nowhere", "full", "sd")),
-    (OOD + " --in {}", "{}", ("nonsense",)),
+    ("ood --base px --out-set noise --out new --train 8 --test 4 --in {}", "{}", ("nonsense",)),
     ("dzad --profile {}", "{}", ("huge",)),
     ("dzad --out new --target {}", "{}", ("mvtec_ad", "nonsense")),
     ("dzad --out new --every {}", "every", BOTH),
