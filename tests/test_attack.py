@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import random
+import re
 import resource
 import shutil
 import signal
@@ -139,11 +140,10 @@ def ask(monkeypatch, capsys):
 
 
 def message(err):
-    """The one line of an error, which is the last on stderr."""
-    found = [line for line in err.replace("\r", "\n").split("\n") if line.startswith(("zsad: ", "Error: "))]
-    assert "Traceback" not in err and len(found) == 1, err
-    assert err.rstrip("\n").replace("\r", "\n").split("\n")[-1] == found[0], f"more than one line: {err}"
-    return found[0]
+    """The one line of an error, which is the last on stderr; a progress bar may stand before it."""
+    last = re.split(r"[\r\n]", err.rstrip("\n"))[-1]
+    assert "Traceback" not in err and len(re.findall("(zsad|Error): ", last)) == 1, f"not one line: {err}"
+    return last[re.search("(zsad|Error): ", last).start() :]
 
 
 def contents():
@@ -155,7 +155,7 @@ def contents():
 SET = "score --dataset mvtec_ad --root tree --only --out new --device cpu"
 MEDIAN = f"{SET} --method median"
 DIVAD = f"{SET} --method divad --backbone sd --features pixels --set sigma=1 --set pool=2"
-DIVAD += " --set inversion_steps=4 --set inference_steps=4 --set start_step=2"
+DIVAD += " --set inversion_steps=10 --set inference_steps=10 --set start_step=5"
 GUIDED = f"{SET} --method vlmdiff --backbone guided --features pixels --captions said.jsonl"
 PATH = f"{SET} --method diffpath --backbone px"
 CAPTION = "caption mvtec_ad --root tree --device cpu"
@@ -182,10 +182,12 @@ OPTIONS = [  # (command, what the message names, values that are refused)
     (MEDIAN + " --out {}", "notes.txt", ("notes.txt", "notes.txt/below")),
     (DIVAD + " --device {}", "device", ("tpu", "cuda:99", "cpu:x", "0")),
     (DIVAD + " --backbone {}", "{}", ("nowhere", "notes.txt", "full", "px")),
-    (DIVAD + " --features {}", "{}", ("nowhere", "notes.txt", "full", "unet:nowhere")),
+    (DIVAD + " --features {}", "{}", ("nowhere", "notes.txt", "full")),
+    (DIVAD + " --features unet:{}", "{}", ("nowhere",)),
     (DIVAD + " --set map_size={}", "map_size", tuple(n for n in NUMBERS if n != "null")),
     (DIVAD + " --set sigma={}", "sigma", REALS),
-    (DIVAD + " --set inversion_steps={}", "inversion_steps", (*NUMBERS, "1000000")),
+    (DIVAD + " --set inversion_steps={}", "inversion_steps", NUMBERS),
+    (DIVAD + " --set inversion_steps={}", "{}", ("1000000",)),
     (DIVAD + " --set inference_steps={}", "inference_steps", NUMBERS),
     (DIVAD + " --set start_step={}", "start", ("-1", "1000000", "1.5", '"x"')),
     (DIVAD + " --set start={}", "start", ("never", "1", "null")),
@@ -202,7 +204,8 @@ OPTIONS = [  # (command, what the message names, values that are refused)
     (CAPTION + " --batch-size {}", "batch", BOTH),
     (CAPTION + " --limit {}", "limit", BOTH),
     (CAPTION + " --model {}", "{}", ("nowhere", "full", "sd")),
-    (CAPTION + " --out {}", "{}", ("notes.txt", "tree", "m.yaml", "c.ckpt", "notes.txt/below")),
+    (CAPTION + " --out {}", "{}", ("notes.txt", "tree", "m.yaml", "c.ckpt")),
+    (CAPTION + " --out {}", "notes.txt", ("notes.txt/below",)),
     (CAPTION + " --{}", "lite-captioner", ("prompt=What?", "revision=v2")),
     (CAPTION + " --split {}", "split", ("none",)),
     (CAPTION + " --device {}", "device", ("tpu",)),
@@ -211,18 +214,20 @@ OPTIONS = [  # (command, what the message names, values that are refused)
     (PIXEL + " --out {}", "{}", ("full", "notes.txt", "tree", "sd")),
     (PIXEL + " --data {}", "{}", ("nowhere", "notes.txt", "full")),
     (PIXEL + " --device {}", "device", ("tpu", "cuda:99")),
-    (PIXEL + " --set {}", "set", ("nose=1", "per_category", "=2")),
+    (PIXEL + " --set {}", "--set", ("per_category", "=2")),
+    (PIXEL + " --set {}=1", "{}", ("nose",)),
     ("train lite-ddpm-synthad --out new --set per_category={}", "per_category", ("-1", "1.5", "NaN", "many")),
-    ("train dzad --out new --train-on {}", "{}", ("nonsense",)),
+    ("train dzad --out new --set base=lite-foundation --train-on {}", "{}", ("nonsense",)),
     ("train dzad --out new --train-on synthad-A --set timesteps={}", "timesteps", ("0", "1", "-1", "1.5")),
     ("convert {} --out new --base sd", "{}", ("nowhere", "tree", "notes.txt")),
     ("convert c.ckpt --out {} --base sd", "{}", ("full", "notes.txt", "sd")),
     ("convert c.ckpt --out new --hint {}", "hint", ("none",)),
     ("convert c.ckpt --out new --base {}", "{}", ("nowhere", "full", "px")),
     ("convert c.ckpt --out new --preset {}", "preset", ("none", "..")),
-    ("convert c.ckpt --out new --base sd --autoencoder {}", "{}", ("nowhere", "c.ckpt")),
+    ("convert {} --out new --base sd", "missing", ("c.ckpt",)),
     ("data make {}", "{}", ("nonsense", "mvtec_ad")),
-    ("data make synthad --out {}", "{}", ("notes.txt", "full", "notes.txt/below")),
+    ("data make synthad --out {}", "{}", ("notes.txt", "full")),
+    ("data make synthad --out {}", "notes.txt", ("notes.txt/below",)),
     ("data check {}", "{}", ("nonsense", "visa")),
     ("data check mvtec_ad --root {}", "{}", ("nowhere", "notes.txt", "full")),
     (OOD + " --base px --train {}", "train", BOTH),
@@ -298,17 +303,17 @@ VALUES = [  # (command, what is named, where in a JSON file, values)
     (f"{DIVAD} --features eyes", "size", ("eyes/preprocessor_config.json", "size"), (None, 0, -1, "x", [], 1.5)),
     (f"{DIVAD} --features eyes", "image_mean", ("eyes/preprocessor_config.json", "image_mean"), (None, "x", [1], 7)),
     (f"{DIVAD} --features eyes", "image_std", ("eyes/preprocessor_config.json", "image_std"), ([0, 0, 0], ["x"] * 3)),
-    (DIVAD, "sched", ("sd/scheduler/scheduler_config.json", "_class_name"), ("FlowMatchEulerDiscreteScheduler",)),
-    (DIVAD, "sched", ("sd/scheduler/scheduler_config.json", "beta_schedule"), ("odd", 7)),
-    (DIVAD, "sched", ("sd/scheduler/scheduler_config.json", "num_train_timesteps"), (0, -1, "x")),
+    (DIVAD, "cheduler", ("sd/scheduler/scheduler_config.json", "_class_name"), ("FlowMatchEulerDiscreteScheduler",)),
+    (DIVAD, "cheduler", ("sd/scheduler/scheduler_config.json", "beta_schedule"), ("odd", 7)),
+    (DIVAD, "cheduler", ("sd/scheduler/scheduler_config.json", "num_train_timesteps"), (0, -1, "x")),
     (DIVAD, "scaling_factor", ("sd/vae/config.json", "scaling_factor"), (0, "x", float("nan"))),
     (CHECK_IAD, "lid.json", (*IAD, "image_path"), (7, None, [], "gone.png")),
     (CHECK_IAD, "lid.json", (*IAD, "mask_path"), (7, [], {"a": 1}, "../../notes.txt")),
     (CHECK_IAD, "lid.json", (*IAD, "anomaly_class"), (7, None, [], {"a": 1}, "a/../../b")),
-    (CHECK_IAD, "pictures", (*IAD, "image_path"), ("../../pictures/000.png", "{here}/pictures/000.png", "out/000.png")),
+    (CHECK_IAD, "lid.json", (*IAD, "image_path"), ("../../pictures/000.png", "{here}/pictures/000.png", "out/000.png")),
     (CHECK_COCO, "meta_20_0.json", (*COCO, "img_path"), (7, None, [])),
-    (CHECK_COCO, "pictures", (*COCO, "img_path"), ("../pictures/000.png", "{here}/pictures/000.png")),
-    (CHECK_COCO, "meta_20_0.json", (*COCO, "specie_name"), (7, [], "a/b")),
+    (CHECK_COCO, "meta_20_0.json", (*COCO, "img_path"), ("../pictures/000.png", "{here}/pictures/000.png")),
+    (CHECK_COCO, "meta_20_0.json", (*COCO, "specie_name"), (7, "a/b")),
 ]
 
 
@@ -360,7 +365,7 @@ FILES = [  # (name, command, named, what spoils a file, exit code)
     ("half a tokenizer", DIVAD, "token",
      lambda: Path("sd/tokenizer/tokenizer.json").rename("sd/tokenizer/vocab.json"), 2),
     ("no guide", GUIDED, "guide", lambda: shutil.rmtree("guided/guide"), 2),
-    ("a decoder of no bytes", GUIDED, "decoder",
+    ("a decoder of no bytes", GUIDED, "guided",
      lambda: write("guided/decoder/diffusion_pytorch_model.safetensors", b""), 2),
     ("a category with no image", MEDIAN, "lid", lambda: Path("tree/lid/test").mkdir(parents=True), 2),
     ("a manifest of words", JSON["m.yaml"], "datasets", lambda: write("m.yaml", "datasets: [a]\ncheckpoints: {}"), 2),
@@ -384,7 +389,8 @@ def attacks():
     """(name, command, named, what spoils a file or None, exit code)"""
     for words, named, values in OPTIONS:
         for value in values:
-            yield words.format(value), words.replace("{}", value), named.format(value), None, 2
+            shown = value if value in ("NaN", "Infinity") else named.format(value)
+            yield words.format(value), words.replace("{}", value), shown, None, 2
     for file, words in JSON.items():
         for damage, content in DAMAGE.items():
             if not (file == "said.jsonl" and damage == "truncated"):  # torn is what a kill leaves
@@ -590,7 +596,7 @@ def slowly(monkeypatch):
         return lambda *args, **options: time.sleep(seconds) or function(*args, **options)
 
     def controls(*_, **__):
-        own = {"inversion_steps": 4, "inference_steps": 4, "start_step": 2}
+        own = {"inversion_steps": 10, "inference_steps": 10, "start_step": 5}
         yield "divad", profiles.make("lite", "divad", None, "cpu", backbone="sd", features="pixels", **own)
 
     monkeypatch.setattr(Median, "score", slow(Median.score))
