@@ -423,7 +423,7 @@ CALLS = [
     ("os", "system", "touch ran"), ("posix", "system", "touch ran"), ("subprocess", "getoutput", "touch ran"),
     ("subprocess", "call", ["touch", "ran"]), ("builtins", "exec", "open('ran', 'w')"),
     ("builtins", "eval", "open('ran', 'w')"), ("io", "open", "ran", "w"), ("os", "mkdir", "ran"),
-    ("os", "makedirs", "ran"), ("timeit", "timeit", "open('ran', 'w')", "pass", "0", 1),
+    ("os", "makedirs", "ran"), ("os", "mkfifo", "ran"),
 ]  # fmt: skip
 
 
