@@ -306,7 +306,6 @@ VALUES = [  # (command, what is named, where in a JSON file, values)
     (f"{DIVAD} --features eyes", "size", ("eyes/preprocessor_config.json", "size"), (None, 0, -1, "x", [], 1.5)),
     (f"{DIVAD} --features eyes", "image_mean", ("eyes/preprocessor_config.json", "image_mean"), (None, "x", [1], 7)),
     (f"{DIVAD} --features eyes", "image_std", ("eyes/preprocessor_config.json", "image_std"), ([0, 0, 0], ["x"] * 3)),
-    (DIVAD, "cheduler", ("sd/scheduler/scheduler_config.json", "_class_name"), ("FlowMatchEulerDiscreteScheduler",)),
     (DIVAD, "cheduler", ("sd/scheduler/scheduler_config.json", "beta_schedule"), ("odd", 7)),
     (DIVAD, "cheduler", ("sd/scheduler/scheduler_config.json", "num_train_timesteps"), (0, -1, "x")),
     (DIVAD, "scaling_factor", ("sd/vae/config.json", "scaling_factor"), (0, "x", float("nan"))),
@@ -367,6 +366,8 @@ FILES = [  # (name, command, named, what spoils a file, exit code)
     ("no tokenizer", DIVAD, "token", lambda: Path("sd/tokenizer/tokenizer.json").unlink(), 2),
     ("half a tokenizer", DIVAD, "token",
      lambda: Path("sd/tokenizer/tokenizer.json").rename("sd/tokenizer/vocab.json"), 2),
+    ("a schedule without noise levels", DIVAD, "FlowMatch", lambda: write(
+        "sd/scheduler/scheduler_config.json", '{"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}'), 2),
     ("no guide", GUIDED, "guide", lambda: shutil.rmtree("guided/guide"), 2),
     ("a decoder of no bytes", GUIDED, "guided",
      lambda: write("guided/decoder/diffusion_pytorch_model.safetensors", b""), 2),
