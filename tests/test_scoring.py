@@ -269,10 +269,8 @@ def damaged_runs(content):
     texts = {f"mistyped {key}": json.dumps(whole | {key: value}) for key, value in wrong.items()}
     texts |= {f"without {key}": json.dumps({k: v for k, v in whole.items() if k != key}) for key in runs.INPUTS}
     texts |= {"list": "[]", "null": "null", "number": "1e999", "empty": "", "{}": "{}", "torn": content[:99].decode()}
-    texts |= {
-        "deep": "[" * 100000,
-        "deep config": json.dumps(whole).replace("{", '{"a": ' + "[" * 900 + "]" * 900 + ",", 1),
-    }
+    nested = json.dumps(whole | {"config": "here"}).replace('"here"', "[" * 900 + "]" * 900)
+    texts |= {"deep": "[" * 100000, "deep config": nested}
     return {name: text.encode() for name, text in texts.items()} | {"not UTF-8": b"\xff\xfe"}
 
 
