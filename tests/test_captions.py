@@ -354,7 +354,6 @@ DEEP = '{"id": "a", "caption": ' + "[" * 100_000 + "]" * 100_000 + "}"
         b"\x89PNG\r\n\x1a\n\0\0",
         b"my notes",
         b"my notes\nand more",
-        b"{",
         b'{"name": "a", "state": "fin',
         b'{"id": "a"}',
         b'{"id": "a", "words": "b"}\n{"id',

@@ -1,6 +1,5 @@
 """What every training shares: the loop, which resumes where it stopped, and the losses of latent diffusion."""
 
-import hashlib
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -33,7 +32,7 @@ def pick(generator: torch.Generator, count: int, batch: int = 16) -> torch.Tenso
 
 def begin(folder: Path, *inputs: Any) -> None:
     """Delete the states in a work folder that are not of these inputs (arrays, or JSON-able), and say so."""
-    parts = [hashlib.sha256(part).hexdigest() if isinstance(part, np.ndarray) else part for part in inputs]
+    parts = [store.digest(part.tobytes()) if isinstance(part, np.ndarray) else part for part in inputs]
     record, key = folder / "inputs.json", store.fingerprint(parts)
     if record.exists() and store.read_json(record) == key:
         return
