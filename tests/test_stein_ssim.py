@@ -68,7 +68,7 @@ def test_the_map_of_ssim_is_scikit_images_at_every_place(shape):
     x = torch.rand(shape)
     y = (x + 0.2 * torch.randn(shape)).clamp(0, 1)
     options = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "data_range": 1, "full": True}
-    options |= {"win_size": 2 * min(5, (min(shape[2:]) - 1) // 2) + 1}  # it asks for it to fit, and then leaves it aside
+    options |= {"win_size": 2 * min(5, (min(shape[2:]) - 1) // 2) + 1}  # asked to fit, then left aside
     for image, other, found in zip(x.double().numpy(), y.double().numpy(), ssim_map(x, y).numpy(), strict=True):
         expected = structural_similarity(image, other, channel_axis=0, **options)[1]
         np.testing.assert_allclose(found, expected, atol=1e-9)
@@ -101,7 +101,7 @@ def test_denoising_features_are_what_they_say(features):
 
 
 def test_weighted_errors_are_summed_as_a_path():
-    """Written again: errors of every timestep times 1 − SSIM or SSIM of the place, and their change, to three powers."""
+    """Written again: errors of every timestep times 1 − SSIM or SSIM of the place, and their change."""
     model, x = tiny_pixel_model(), images()
     errors, similarity = [], []
     for t in range(0, 1000, 100):

@@ -8,6 +8,7 @@ import json
 import signal
 import sys
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -292,19 +293,19 @@ def _parse_pairs(pairs: list[str], known: list[str] | None = None) -> dict:
     chosen = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
-        if not equals or (known and key not in known):
+        if not key or not equals or (known and key not in known):
             names = f" with a name of {', '.join(known)}" if known else ""
             raise typer.BadParameter(f"--set {pair}: expected NAME=VALUE{names}")
         try:
-            chosen[key] = json.loads(value, parse_constant=_refuse)
+            chosen[key] = json.loads(value, parse_constant=partial(_refuse, pair))
         except ValueError:
             chosen[key] = value
     return chosen
 
 
-def _refuse(constant: str) -> None:
+def _refuse(pair: str, constant: str) -> None:
     """NaN and Infinity are no JSON, though Python reads them."""
-    raise typer.BadParameter(f"--set: {constant} is no number to count with")
+    raise typer.BadParameter(f"--set {pair}: {constant} is no number to count with")
 
 
 @app.command()

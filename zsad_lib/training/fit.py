@@ -196,4 +196,7 @@ def _load(path: Path, device: str | torch.device = "cpu") -> dict:
 
 def _save(path: Path, state: dict) -> None:
     with store.writing(path) as temporary:
-        torch.save(state, temporary)
+        try:
+            torch.save(state, temporary)
+        except RuntimeError as error:  # how torch calls a full disk
+            raise OSError(f"{path} cannot be written: {error}") from error
