@@ -17,13 +17,14 @@ from conftest import ROOT
 from zsad_lib import manifest, store
 from zsad_lib.anomaly.features import load_features
 from zsad_lib.data.captions import load_captioner
+from zsad_lib.data.datasets import load_dataset
 from zsad_lib.diffusion.guidance import TRAINED, load_guided
 from zsad_lib.diffusion.latent import load_backbone
 from zsad_lib.errors import RunError, TrainingError, ZsadError
 from zsad_lib.training import fit, guides, recipe
 from zsad_lib.training.cards import write_card
 from zsad_lite import synthad
-from zsad_lite.training import captioner, features, pipeline, pixel, pools, recipes
+from zsad_lite.training import captioner, features, pipeline, pools, recipes
 
 TINY = {"per_category": 1, "steps": 2, "device": "cpu"}
 FOUNDATION = f"{ROOT}/checkpoints/lite-foundation"
@@ -149,7 +150,7 @@ def test_the_ddpm_recipe_trains_on_a_folder(in_tmp):
     pixels = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
     for k, picture in enumerate(pixels):
         save_image(in_tmp / "pictures" / "ship" / f"{k}.png", picture)
-    np.testing.assert_array_equal(pixel.folder_pool(in_tmp / "pictures"), pixels)
+    np.testing.assert_array_equal(fit.read_pixels(load_dataset("folder", in_tmp / "pictures").samples, 32), pixels)
     out = recipes.train("lite-ddpm-cifar10", "small", steps=1, device="cpu", data=in_tmp / "pictures")
     assert "3: the images in a folder" in (out / "README.md").read_text()
 

@@ -1,7 +1,7 @@
 """What every training shares: the loop, which resumes where it stopped, and the losses of latent diffusion."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ from torch.optim.swa_utils import AveragedModel
 from tqdm.auto import tqdm
 
 from zsad_lib import store
+from zsad_lib.data.images import load_images
+from zsad_lib.data.readers import Sample
 from zsad_lib.errors import TrainingError
 
 Loss = Callable[[torch.nn.Module, torch.Generator], torch.Tensor]  # of a model, on a batch that the generator picks
@@ -23,6 +25,13 @@ Loss = Callable[[torch.nn.Module, torch.Generator], torch.Tensor]  # of a model,
 def to_tensor(images: np.ndarray) -> torch.Tensor:
     """uint8 [B,H,W,3] -> float32 [B,3,H,W] in [-1,1]."""
     return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1.0
+
+
+def read_pixels(samples: Sequence[Sample], size: int) -> np.ndarray:
+    """The images of samples, uint8 [N,size,size,3]."""
+    with tqdm(samples, desc="reading", unit="img") as bar:  # which ends before an error is said
+        pixels = [(load_images([sample], size) * 255).round().byte() for sample in bar]
+    return torch.cat(pixels).permute(0, 2, 3, 1).numpy()
 
 
 def pick(generator: torch.Generator, count: int, batch: int = 16) -> torch.Tensor:
@@ -195,8 +204,8 @@ def _load(path: Path, device: str | torch.device = "cpu") -> dict:
 
 
 def _save(path: Path, state: dict) -> None:
-    with store.writing(path) as temporary:
+    with store.writing(path) as temporary, open(temporary, "wb") as file:
         try:
-            torch.save(state, temporary)
-        except RuntimeError as error:  # how torch calls a full disk
-            raise OSError(f"{path} cannot be written: {error}") from error
+            torch.save(state, file)
+        except RuntimeError as error:  # of closing what the file has refused
+            raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None

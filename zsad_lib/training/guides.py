@@ -16,13 +16,12 @@ from tqdm.auto import tqdm
 from zsad_lib import store
 from zsad_lib.data.captions import load_captioner, read_captions
 from zsad_lib.data.datasets import load_dataset
-from zsad_lib.data.images import load_images
 from zsad_lib.diffusion.guidance import SETTINGS, SemanticGuide, guided_unet, save_guided, trainable_parameters
 from zsad_lib.diffusion.latent import Backbone, extend_schedule, load_backbone, save_pipeline
 from zsad_lib.errors import TrainingError
 from zsad_lib.settings import NotNegative, Positive
 from zsad_lib.training.cards import write_card
-from zsad_lib.training.fit import Loss, begin, encode_pool, fit, fit_autoencoder, latent_loss, to_tensor
+from zsad_lib.training.fit import Loss, begin, encode_pool, fit, fit_autoencoder, latent_loss, read_pixels, to_tensor
 from zsad_lib.training.recipe import Count, Recipe
 
 EMPTY = 0.2  # share of the training texts: test time needs the empty prompt, as text or to be guided away from
@@ -159,9 +158,8 @@ def dataset_images(name: str, size: int, root: str | Path | None = None) -> Trai
     samples = [sample for sample in load_dataset(name, root, split="train").samples if sample.label == 0]
     if not samples:
         raise TrainingError(f"{name} has no normal image to train on")
-    pixels = [(load_images([s], size) * 255).round().byte() for s in tqdm(samples, desc="reading", unit="img")]
-    images = torch.cat(pixels).permute(0, 2, 3, 1).numpy()
-    return TrainingImages(images, f"{len(samples)} normal images of {name}", [sample.id for sample in samples])
+    source = f"{len(samples)} normal images of {name}"
+    return TrainingImages(read_pixels(samples, size), source, [sample.id for sample in samples])
 
 
 def denoiser_loss(

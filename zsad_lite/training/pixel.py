@@ -3,16 +3,13 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
-from tqdm.auto import tqdm
 
 from zsad_lib.data.datasets import load_dataset
-from zsad_lib.data.images import load_images
 from zsad_lib.errors import TrainingError
 from zsad_lib.training.cards import write_card
-from zsad_lib.training.fit import begin, denoising_loss, fit, pick, to_tensor
+from zsad_lib.training.fit import begin, denoising_loss, fit, pick, read_pixels, to_tensor
 from zsad_lib.training.recipe import Count, Recipe
 from zsad_lite.training.pools import draw_pool
 
@@ -31,13 +28,6 @@ def build_pixel_unet() -> UNet2DModel:
     )
 
 
-def folder_pool(folder: str | Path) -> np.ndarray:
-    """Every image in and below a folder, uint8 [N,32,32,3]."""
-    samples = load_dataset("folder", folder).samples
-    pixels = [load_images([sample], 32)[0] for sample in tqdm(samples, desc="reading", unit="img")]
-    return (torch.stack(pixels) * 255).round().byte().permute(0, 2, 3, 1).numpy()
-
-
 @dataclass(frozen=True)
 class PixelRecipe(Recipe):
     """An unconditional DDPM."""
@@ -52,7 +42,7 @@ class PixelRecipe(Recipe):
 
     def train(self, out: Path, work: Path, seed: int, device: torch.device) -> None:
         if self.data:
-            images = folder_pool(self.data)
+            images = read_pixels(load_dataset("folder", self.data).samples, 32)
             source = f"the images in a folder {'/'.join(Path(self.data).parts[-2:])}"
         else:
             images, _ = draw_pool(work, self.categories, self.per_category, seed, size=32)
