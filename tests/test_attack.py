@@ -594,7 +594,9 @@ KILLED = {  # a command, and the files that it ends with
 
 @pytest.fixture
 def slowly(monkeypatch):
-    """Commands take long enough to be killed at any stage; the report is of a tiny model and an empty notebook."""
+    """Commands take long enough to be killed at any stage; the report is of a tiny model and an empty notebook.
+
+    Called, it makes each score ten times as slow."""
 
     def slow(function, seconds=0.05):
         return lambda *args, **options: time.sleep(seconds) or function(*args, **options)
@@ -608,6 +610,7 @@ def slowly(monkeypatch):
     monkeypatch.setattr(pixel, "fit", partial(fit.fit, checkpoint_every=2))
     monkeypatch.setattr(report, "with_controls", controls)
     monkeypatch.setattr(report, "DATASETS", ("mvtec_ad",))
+    return partial(monkeypatch.setattr, Median, "score", slow(Median.score, 0.5))
 
 
 def child(words, pipe, limit):
@@ -682,6 +685,7 @@ def test_a_command_killed_at_any_moment_ends_with_the_same_numbers(good, world, 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_leaves_a_run_marked_interrupted(world, slowly, number):
+    slowly()
     with tried("kills survived"):
         command, start = Command(SLOW), time.monotonic()
         while not list(Path("f").glob("*/batch-*.npz")):
@@ -694,6 +698,7 @@ def test_a_signal_leaves_a_run_marked_interrupted(world, slowly, number):
 
 
 def test_a_busy_run_names_its_process(world, slowly, ask):
+    slowly()
     command, start = Command(SLOW), time.monotonic()
     while not list(Path("f").glob("*/run.json")):
         assert time.monotonic() < start + 20

@@ -2,8 +2,6 @@ import contextlib
 import errno
 import json
 import os
-import signal
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -177,25 +175,6 @@ def test_killed_run_repeats_one_batch_at_most_and_ends_with_the_same_numbers(tre
     assert [ids for ids in again if ids in before] == [before[-1]]
     assert len(again) == 4
     assert same(resumed, run(Fake(), out="other", batch_size=4))
-
-
-def test_second_process_is_told_who_is_at_work(tree, run, log, tmp_path):
-    with stuck_worker(tree, log, tmp_path / "runs", stuck_in=1) as process:
-        with pytest.raises(RunError, match=f"process {process.pid}"):
-            run(Fake())
-
-
-def test_sigterm_marks_a_run_interrupted(tree, log, tmp_path):
-    def work():
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-        score(tree, Fake(log, stuck_in=2), tmp_path, batch_size=4, **QUIET)
-
-    process = forked(work)
-    wait_for(process, log, 2)
-    process.terminate()
-    process.join(30)
-    run = runs.read_run(run_folder(tree, Fake(), tmp_path))
-    assert process.exitcode == 143 and run["state"] == "interrupted"
 
 
 def test_a_full_disk_does_not_hide_what_went_wrong_first(tree, run, monkeypatch):
