@@ -2,6 +2,7 @@
 
 import os
 import random
+import sys
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch loads: small tensors are fastest on one thread
@@ -36,6 +37,12 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if "full" in item.keywords:
             item.add_marker(skip)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """How many attacks of each kind were tried and stood (not across the processes of -n)."""
+    for what, (tries, passed) in getattr(sys.modules.get("test_attack"), "TALLY", {}).items():
+        terminalreporter.write_line(f"{what}: {tries} tried, {passed} passed")
 
 
 @pytest.fixture(autouse=True)

@@ -42,7 +42,7 @@ from zsad_lib.notebook import plots, report
 from zsad_lib.training import fit
 from zsad_lite.training import pixel
 
-TALLY = {}  # what was tried: [tries, passed]
+TALLY = {}  # what was tried: [tries, passed]; conftest.py says it at the end
 
 
 @contextmanager
@@ -51,15 +51,6 @@ def tried(what):
     count[0] += 1
     yield
     count[1] += 1
-
-
-@pytest.fixture(scope="module", autouse=True)
-def summary(request):
-    """At the end, a line for each kind of attack on the terminal."""
-    yield
-    terminal = request.config.pluginmanager.get_plugin("terminalreporter")
-    for what, (tries, passed) in TALLY.items() if terminal else ():
-        terminal.write_line(f"\n{what}: {tries} tried, {passed} passed", bold=True)
 
 
 # --- a small world of good inputs; each attack spoils one of them in a copy
