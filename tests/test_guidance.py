@@ -225,6 +225,20 @@ def test_the_trainable_start_is_gentle():
     assert 0.02 < fused / direct < 20
 
 
+@torch.no_grad()
+def test_a_coarse_hint_shows_the_product_and_not_its_damage(tmp_path):
+    """Images that differ within a block of the hint alone are one to the guide; saved and read again, too."""
+    fill("guide", SemanticGuide.from_unet(build_unet((16, 32, 32)), 2, hint_pixels=8)).save_pretrained(tmp_path)
+    guide, images = SemanticGuide.from_pretrained(tmp_path), torch.rand(2, 3, 32, 32)
+    mixed = images.unfold(2, 4, 4).unfold(3, 4, 4).flatten(4).flip(4).unflatten(4, (4, 4))
+    mixed = mixed.transpose(3, 4).flatten(4, 5).flatten(2, 3)
+    assert not torch.allclose(mixed, images, atol=0.1)
+    torch.testing.assert_close(guide.embed(mixed), guide.embed(images))
+    brighter = images.clone()
+    brighter[:, :, :4, :4] = 1
+    assert not torch.allclose(guide.embed(brighter), guide.embed(images), atol=1e-3)
+
+
 # --- saving, loading
 
 

@@ -186,6 +186,15 @@ def test_dzad_recipe_writes_the_trained_parts_beside_their_base(in_tmp):
     assert not list(out.rglob("*vae*"))
 
 
+def test_a_guide_alone_leaves_its_base_as_it_is(in_tmp):
+    out = recipes.train("dzad", "new", train_on="synthad-A", decoder=False, hint_pixels=8, **TINY)
+    assert not (out / "decoder").exists() and "the guide of its U-Net" in (out / "README.md").read_text()
+    model, base = load_guided(out, "cpu"), load_backbone("lite-group-a", "cpu").unet.state_dict()
+    assert all(torch.equal(base[key], tensor) for key, tensor in model.backbone.unet.state_dict().items())
+    assert model.backbone.name == "new" and model.guide.config.hint_pixels == 8
+    assert any(p.abs().max() > 0 for p in model.guide.encoder.controlnet_mid_block.parameters())
+
+
 def test_vlmdiff_recipe_writes_a_pipeline_with_its_guide(in_tmp):
     models = {"base": FOUNDATION, "captioner": f"{ROOT}/checkpoints/lite-captioner"}
     stages = {"unet_steps": 1, "vae_steps": 1, "widths": (16, 32, 32)}

@@ -97,6 +97,7 @@ class SemanticGuide(ModelMixin, ConfigMixin):
         initialisation: str = "trainable",  # of the fusion
         hint_mean: tuple = (0.5, 0.5, 0.5),  # scales images in [0,1] before they are embedded: to [-1,1], as for
         hint_std: tuple = (0.5, 0.5, 0.5),  # the autoencoder
+        hint_pixels: int | None = None,  # images are averaged to so many a side: they show the product, not its damage
     ):
         super().__init__()
         if initialisation not in INITIALISATIONS:
@@ -108,11 +109,12 @@ class SemanticGuide(ModelMixin, ConfigMixin):
 
     @classmethod
     def from_unet(
-        cls, unet: Any, downsamplings: int = 3, initialisation: str = "trainable", **hint_scale: tuple
+        cls, unet: Any, downsamplings: int = 3, initialisation: str = "trainable", **hint: Any
     ) -> "SemanticGuide":
         """A guide for a UNet2DConditionModel, its encoder a copy of the U-Net's, without influence until trained.
 
-        downsamplings: halvings from image to latent, log2(backbone.scale_factor): 3 for Stable Diffusion.
+        downsamplings: halvings from image to latent, log2(backbone.scale_factor): 3 for Stable Diffusion. hint:
+        hint_mean, hint_std and hint_pixels of the guide.
         """
         if not isinstance(unet.config.layers_per_block, int):
             raise ModelError(f"a U-Net with {unet.config.layers_per_block} layers has no guide: one number for all")
@@ -121,13 +123,16 @@ class SemanticGuide(ModelMixin, ConfigMixin):
             encoder = ControlNetModel.from_unet(
                 unet, conditioning_embedding_out_channels=channels[: downsamplings + 1], load_weights_from_unet=False
             ).config
-        guide = cls({key: value for key, value in encoder.items() if key[0] != "_"}, initialisation, **hint_scale)
+        guide = cls({key: value for key, value in encoder.items() if key[0] != "_"}, initialisation, **hint)
         for part in ("conv_in", "time_embedding", "down_blocks", "mid_block"):
             getattr(guide.encoder, part).load_state_dict(getattr(unet, part).state_dict())
         return guide.to(unet.device)
 
     def embed(self, images: Tensor) -> Tensor:
         """Images float32 [B,3,H,W] in [0,1] -> their embedding [B,C,h,w] at latent resolution, for `forward`."""
+        if self.config.hint_pixels:
+            coarse = F.adaptive_avg_pool2d(images, self.config.hint_pixels)
+            images = F.interpolate(coarse, images.shape[-2:], mode="bilinear", align_corners=False)
         mean, std = (images.new_tensor(v).view(1, 3, 1, 1) for v in (self.config.hint_mean, self.config.hint_std))
         return self.hint(((images - mean) / std).to(self.device, self.dtype))
 
@@ -189,13 +194,15 @@ class GuidedModel:
 def save_guided(folder: str | Path, unet: Any, guide: SemanticGuide, facts: dict) -> None:
     """Write what `trainable_parameters` let train, and nothing else: folder/guide and folder/decoder.
 
-    facts: for folder/guided.json; "base" names the backbone whose frozen parts belong to it, "mode" how it was trained.
+    unet: None where only the guide was trained. facts: for folder/guided.json; "base" names the backbone whose frozen
+    parts belong to it, "mode" how it was trained.
     """
-    folder = Path(folder)
+    folder, facts = Path(folder), facts | {"decoder": unet is not None}
     guide.save_pretrained(folder / "guide")
-    (folder / "decoder").mkdir()
-    decoder = {name: tensor.contiguous() for name, tensor in unet.state_dict().items() if name.startswith(TRAINED)}
-    save_file(decoder, folder / DECODER)
+    if unet is not None:
+        (folder / "decoder").mkdir()
+        decoder = {name: tensor.contiguous() for name, tensor in unet.state_dict().items() if name.startswith(TRAINED)}
+        save_file(decoder, folder / DECODER)
     store.write_json(folder / SETTINGS, facts)
 
 
@@ -218,7 +225,7 @@ def load_guided(
         with control_seed():  # or a control's record would never recur
             guide = SemanticGuide.from_unet(backbone.unet, backbone.scale_factor.bit_length() - 1)
         return GuidedModel(backbone, guide.requires_grad_(False).eval(), facts["mode"], facts)
-    if base:
+    if base and facts.get("decoder") is not False:
         decoder = fetch(where, None, lambda *args, **kw: load_file(cached_file(*args, **kw)), DECODER)
         check_numbers(f"{where.source}/{DECODER}", decoder)
         expected = {key: t.shape for key, t in backbone.unet.state_dict().items() if key.startswith(TRAINED)}
@@ -227,6 +234,7 @@ def load_guided(
                 f"the decoder of {where.name} does not fit the U-Net of {backbone.name}: give the base it is for"
             )
         backbone.unet.load_state_dict(decoder, strict=False)
+    if base:
         backbone.name = where.name
     return GuidedModel(backbone, _read_guide(where, backbone), facts["mode"], facts)
 
@@ -235,6 +243,7 @@ def _read_facts(path):
     """The settings of a trained pair, those that are used of the right kind."""
     facts = read_object(path)
     known = {"timesteps": int, "schedule": Literal[EXTENSIONS], "mode": Literal[MODES], "base": str | None}
+    known["decoder"] = bool | None  # without it there is one
     for key, kind in known.items():
         check_value(f"{path}: {key}", facts.get(key), kind, ModelError)
     return facts
@@ -277,11 +286,14 @@ def _check_mode(mode: str) -> None:
         raise ModelError(f"guidance mode {mode!r} is unknown; use one of {list(MODES)}")
 
 
-def trainable_parameters(unet: Any, guide: SemanticGuide) -> list[nn.Parameter]:
-    """What DZAD trains: the guide, and of the U-Net its decoder and output (TRAINED). The rest is frozen by this."""
+def trainable_parameters(unet: Any, guide: SemanticGuide, decoder: bool = True) -> list[nn.Parameter]:
+    """What DZAD trains: the guide, and of the U-Net its decoder and output (TRAINED). The rest is frozen by this.
+
+    decoder: False freezes that, too, and the U-Net forgets nothing.
+    """
     guide.requires_grad_(True)
     for name, parameter in unet.named_parameters():
-        parameter.requires_grad_(name.startswith(TRAINED))
+        parameter.requires_grad_(decoder and name.startswith(TRAINED))
     return [parameter for model in (guide, unet) for parameter in model.parameters() if parameter.requires_grad]
 
 

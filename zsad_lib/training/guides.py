@@ -57,6 +57,9 @@ class GuideRecipe(Recipe):
     learning_rate: NotNegative = 1e-5
     mode: Literal["only mid", "all"] = "only mid"  # which of the guide's results are added: see guidance.guided_unet
     initialisation: Literal["published", "trainable"] = "trainable"  # of the fusion: see guidance.FeatureFusion
+    # a guide must not make its base forget, nor show it the damage: the papers train the decoder, and show it all
+    decoder: bool = True  # of the U-Net, trained beside the guide
+    hint_pixels: Positive | None = None  # of the image that the guide sees, a side: see guidance.SemanticGuide
 
     def check(self) -> None:
         if self.train_on is None:
@@ -84,14 +87,15 @@ class DZADRecipe(GuideRecipe):
         model = fit_guide(self, backbone, loss, work, seed)
         recorded = ("base", "train_on", "mode", "initialisation", "timesteps", "schedule")
         facts = {key: getattr(self, key) for key in recorded}
-        save_guided(out, model.unet.half(), model.guide.half(), facts)
+        save_guided(out, model.unet.half() if self.decoder else None, model.guide.half(), facts)
         write_card(
             out, work, "diffusers",
-            f"DZAD's semantic guidance for {self.base}: the guide and the U-Net's trained decoder, from normal images "
-            "only, without prompts. The frozen parts are the base's and are not stored again.",
+            f"DZAD's semantic guidance for {self.base}: the guide{' and the decoder' * self.decoder} of its U-Net, "
+            "trained on normal images only, without prompts. The frozen parts are the base's and are not stored again.",
             f"Of products it has seen normal images of {self.train_on} alone; what it does with others is what the "
             "cross protocol measures.",
             {"training images": images.source, "mode": self.mode, "initialisation of the fusion": self.initialisation,
+             "the guide sees": f"{self.hint_pixels or backbone.image_size} pixels a side",
              "training timesteps": f"{self.timesteps} ({self.schedule})"},
         )  # fmt: skip
 
@@ -179,10 +183,11 @@ def denoiser_loss(
 
 
 def fit_guide(recipe: GuideRecipe, backbone: Backbone, loss: Loss, work: Path, seed: int) -> GuidedUNet:
-    """Train a new guide, and the decoder and output of the backbone's U-Net."""
+    """Train a new guide, and with it the decoder and output of the backbone's U-Net where the recipe says so."""
     torch.manual_seed(seed)
-    guide = SemanticGuide.from_unet(backbone.unet, backbone.scale_factor.bit_length() - 1, recipe.initialisation)
-    trainable_parameters(backbone.unet, guide)
+    halvings, hint = backbone.scale_factor.bit_length() - 1, {"hint_pixels": recipe.hint_pixels}
+    guide = SemanticGuide.from_unet(backbone.unet, halvings, recipe.initialisation, **hint)
+    trainable_parameters(backbone.unet, guide, recipe.decoder)
     model = GuidedUNet(backbone.unet, guide, recipe.mode)
     return fit("guide", model, loss, work, recipe.steps, recipe.learning_rate, seed)
 
