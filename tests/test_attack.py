@@ -607,6 +607,7 @@ def slowly(monkeypatch):
 def child(words, pipe, limit):
     sys.stdout = sys.stderr = os.fdopen(pipe, "w")
     sys.argv = ["zsad", *words.split()]
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell in the background has it ignored
     if limit:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     cli.main()
