@@ -349,6 +349,8 @@ FAILURES = [
     (EOFError("Ran out of input"), 2, "Ran out of input"),
     (RecursionError("too deep"), 2, "RecursionError: too deep"),
     (RunError("a\nb \x1b[2J\u202e\udcff"), 2, "zsad: a b ?[2J??"),
+    (RuntimeError("CUDA out of memory.\nTried to allocate 20.00 GiB"), 2, "use a smaller --batch-size"),
+    (MemoryError(), 2, "use a smaller --batch-size"),
     (KeyboardInterrupt(), 130, "zsad: stopped"),
 ]
 
@@ -364,6 +366,16 @@ def test_every_failure_is_one_line_and_has_its_exit_code(monkeypatch, capsys, er
         cli.main()
     errors = capsys.readouterr().err
     assert stop.value.code == code and words in errors and len(errors.splitlines()) == 1
+
+
+def test_a_mistake_of_the_program_is_not_hidden(monkeypatch):
+    monkeypatch.setattr("zsad_lib.manifest.load_manifest", lambda: {}["not there"])
+    monkeypatch.setattr(sys, "argv", ["zsad", "data", "list"])
+    with pytest.raises(KeyError):
+        cli.main()
+    monkeypatch.setattr(cli, "app", lambda: (_ for _ in ()).throw(RuntimeError("shapes do not fit")))
+    with pytest.raises(RuntimeError, match="shapes"):
+        cli.main()
 
 
 def end_oneself():

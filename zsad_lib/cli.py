@@ -73,10 +73,23 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _terminate)
     try:
         app()
-    except (ZsadError, OSError, RecursionError) as error:
-        words = f"{error}" if isinstance(error, ZsadError) else f"{type(error).__name__}: {error}"
+    except (ZsadError, OSError, MemoryError, RuntimeError) as error:
+        words = _words(error)
+        if not words:
+            raise
         say(f"zsad: {' '.join(words.split())}", err=True)
         sys.exit(2)
+
+
+def _words(error: Exception) -> str:
+    """What an error says to a user; nothing for what is a mistake of the program."""
+    if isinstance(error, ZsadError):
+        return str(error)
+    if isinstance(error, (OSError, RecursionError)):
+        return f"{type(error).__name__}: {error}"
+    if isinstance(error, MemoryError) or "memory" in str(error):  # torch has an own kind for each device
+        return f"out of memory: use a smaller --batch-size or smaller images ({error})"
+    return ""
 
 
 def _terminate(*_):
