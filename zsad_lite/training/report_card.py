@@ -54,8 +54,8 @@ INTERVALS = "Cells: value [95 % bootstrap interval]. `zsad measure` repeats all 
 PAGE = f"""# The compact checkpoints
 
 What the lite profile runs on: small models in the directory layouts of their large relatives, trained from normal
-images only. `zsad train NAME --overwrite` repeats a training, `notebooks/90_train_the_lite_models.ipynb` shows how it is
-done, and each folder of `checkpoints/` has a model card.
+images only. `zsad train NAME --overwrite` repeats a training, `notebooks/90_train_the_lite_models.ipynb` shows how it
+is done, and each folder of `checkpoints/` has a model card.
 
 {INTERVALS}
 """
