@@ -76,15 +76,18 @@ def build(networks):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_score_does_not_know_which_images_it_came_with(build, name):
-    """Together, backwards and alone, and once more: the same; ordinary tensors on the CPU, of the shapes promised."""
-    method = build(name)
+    """Together, backwards, alone and on two threads: the same; ordinary tensors on the CPU, of the shapes promised."""
+    method, threads = build(name), torch.get_num_threads()
     images = torch.rand(3, 3, method.size, method.size)
     whole = method.score(images, IDS, CATEGORIES)
     backwards = method.score(images.flip(0), IDS[::-1], CATEGORIES[::-1])
     outputs = {"image": whole.image, "map": whole.map, **whole.details}
+    torch.set_num_threads(3 - min(threads, 2))
+    threaded = method.score(images, IDS, CATEGORIES)
+    torch.set_num_threads(threads)
     for i in range(3):
         alone = method.score(images[i : i + 1], IDS[i : i + 1], CATEGORIES[i : i + 1])
-        for other, j in ((alone, 0), (backwards, 2 - i)):
+        for other, j in ((alone, 0), (backwards, 2 - i), (threaded, i)):
             for key, values in {"image": other.image, "map": other.map, **other.details}.items():
                 if values is not None:
                     expected, tolerance = outputs[key][i], TOLERANCE.get(key, 1e-5)
