@@ -1,5 +1,6 @@
 """What every method shares: settings as dataclass fields, the record that follows from them, the form of a result."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, ClassVar, Literal, Protocol, Self
@@ -34,7 +35,7 @@ class Reference(Protocol):
 
 
 @dataclass(kw_only=True)
-class Method:
+class Method(ABC):
     """Base of all methods. A subclass is a dataclass whose fields are its settings, checked by their types."""
 
     name: ClassVar[str]  # as in METHODS
@@ -68,9 +69,9 @@ class Method:
         self.reference = reference
         return self
 
+    @abstractmethod
     def score(self, images: torch.Tensor, ids: list[str], categories: list[str]) -> Scores:
         """Scores of images float32 RGB [B,3,H,W] in [0,1], with B ids and B categories."""
-        raise NotImplementedError
 
 
 def setting(default: Any = MISSING, record: Any = None) -> Any:
@@ -117,9 +118,9 @@ class Redrawing(Method):
         self.map_size = min(256, self.size) if self.map_size is None else self.map_size
         maps.check_pools(self.map_size, self.pool)
 
+    @abstractmethod
     def reconstruct(self, images: torch.Tensor, ids: list[str], categories: list[str]) -> tuple[torch.Tensor, ...]:
         """(reconstructions [B,3,H,W] in [0,1], latents [B,C,h,w] that denoising started from), where the model is."""
-        raise NotImplementedError
 
     def score(self, images: torch.Tensor, ids: list[str], categories: list[str]) -> Scores:
         """As `Method.score`, for square images: the features stretch any other.

@@ -5,6 +5,7 @@ Images are brought to 64 px, the size of the lite profile, where the defaults si
 the 5 and 8 that the papers use at 256 px.
 """
 
+from abc import abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -85,9 +86,9 @@ class Baseline(Method):
         maps.check_pools(self.size, self.pool)
         self.raw_map(torch.zeros(1, 3, self.size, self.size))  # what cannot work fails here, not on the first batch
 
+    @abstractmethod
     def raw_map(self, images: torch.Tensor) -> torch.Tensor:
         """images [B,3,H,W] in [0,1] -> [B,H,W], not yet smoothed."""
-        raise NotImplementedError
 
     def score(self, images: torch.Tensor, ids: list[str], categories: list[str]) -> Scores:
         """As `Method.score`; map [B,size,size]."""

@@ -4,6 +4,7 @@ import filecmp
 import os
 import re
 import shutil
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +23,7 @@ LONGEST = 100  # characters of a variant's name, which becomes a folder's
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(ABC):
     """One kind of model to train; the fields are its options."""
 
     steps: Positive
@@ -30,12 +31,12 @@ class Recipe:
     def __post_init__(self) -> None:
         check_settings(self, TrainingError)
 
-    def check(self) -> None:
+    def check(self) -> None:  # noqa: B027 (most have nothing to refuse)
         """Refuse options that cannot work, before anything is read or drawn."""
 
+    @abstractmethod
     def train(self, out: Path, work: Path, seed: int, device: torch.device) -> None:
         """Fill the empty folder `out`; keep in `work` what is measured once."""
-        raise NotImplementedError
 
 
 def train(
