@@ -53,7 +53,7 @@ class Backbone(NoisePredictor):
     vae: Any
     unet: Any
     text_encoder: Any
-    tokenizer: Any
+    tokenizer: Any  # None where text comes embedded
     scheduler: Any  # DDIMScheduler: only its schedule and configuration are used
     name: str
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -74,7 +74,7 @@ class Backbone(NoisePredictor):
                 f"{self.name}: the U-Net attends to {unet.cross_attention_dim} text channels, the text "
                 f"encoder has {text.hidden_size}; these parts are not of one model (SDXL is not supported)"
             )
-        if len(self.tokenizer) > text.vocab_size:
+        if self.tokenizer is not None and len(self.tokenizer) > text.vocab_size:
             raise ModelError(
                 f"{self.name}: the tokenizer has {len(self.tokenizer)} tokens, its encoder {text.vocab_size}"
             )
