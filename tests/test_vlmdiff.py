@@ -144,6 +144,7 @@ def full_errors(monkeypatch, model, mode):
     options = {"captions": {"an id": "a photo of a bottle"}, "guidance_mode": mode, "normalisation": "imagenet"}
     options |= {"callback": lambda stage, t, z: path.append(z), "features": load_features("pixels", "cpu")}
     method = VLMDiff(backbone=model, **options)
+    monkeypatch.setattr("zsad_lib.methods.base.check_batch", lambda *_: None)  # the stored input is beyond [0,1]
     scores = method.score(images, ["an id"], ["bottle"])
     assert asked == [("vlmdiff-posterior", (4, 16, 16)), ("vlmdiff-start", (4, 16, 16))]
     assert scores.details["evaluations"].tolist() == [20]
