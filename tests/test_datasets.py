@@ -210,7 +210,7 @@ def mvtec(tmp_path):
     return mvtec_tree(tmp_path / "mvtec_ad")
 
 
-def refused(name, root, message):
+def assert_refused(name, root, message):
     with pytest.raises(DataError, match=message):
         load_dataset(name, root)
 
@@ -279,17 +279,17 @@ def test_exif_turned_image_agrees_with_its_mask(mvtec):
 def test_mvtec_errors(tmp_path, mvtec):
     empty = mvtec / "empty" / "test" / "good"
     empty.mkdir(parents=True)
-    refused("mvtec_ad", tmp_path / "absent", "absent.*homepage")
-    refused("mvtec_ad", empty, "no category in .*good")
-    refused("mvtec_ad", mvtec / "bottle", f"pass its parent {mvtec}")
-    refused("mvtec_ad", mvtec, "category .*empty")
+    assert_refused("mvtec_ad", tmp_path / "absent", "absent.*homepage")
+    assert_refused("mvtec_ad", empty, "no category in .*good")
+    assert_refused("mvtec_ad", mvtec / "bottle", f"pass its parent {mvtec}")
+    assert_refused("mvtec_ad", mvtec, "category .*empty")
 
 
 def test_an_image_without_mask_and_one_without_an_id_of_its_own_are_refused(mvtec):
     save_image(mvtec / "wood/test/good/000.jpg", COLOUR)
-    refused("mvtec_ad", mvtec, r"000\.jpg and .*000\.png .*wood/test/good/000")
+    assert_refused("mvtec_ad", mvtec, r"000\.jpg and .*000\.png .*wood/test/good/000")
     (mvtec / "wood/ground_truth/hole/002_mask.png").unlink()
-    refused("mvtec_ad", mvtec, r"wood/test/hole/002\.png has no mask at .*002_mask\.png")
+    assert_refused("mvtec_ad", mvtec, r"wood/test/hole/002\.png has no mask at .*002_mask\.png")
 
 
 def test_plain_folder_has_no_truth(tmp_path):
@@ -303,8 +303,8 @@ def test_plain_folder_has_no_truth(tmp_path):
     with pytest.raises(DataError, match=r"b\.JPG"):
         load_masks(data.samples, 4)
     (tmp_path / "void").mkdir()
-    refused("folder", tmp_path / "void", "void")
-    refused("folder", None, "root=")
+    assert_refused("folder", tmp_path / "void", "void")
+    assert_refused("folder", None, "root=")
 
 
 def test_a_folder_that_may_not_be_read_is_named(mvtec, monkeypatch):
@@ -316,12 +316,12 @@ def test_a_folder_that_may_not_be_read_is_named(mvtec, monkeypatch):
         return listed(self)
 
     monkeypatch.setattr(Path, "iterdir", iterdir)
-    refused("mvtec_ad", mvtec, r"Permission denied: .*bottle/test/hole")
+    assert_refused("mvtec_ad", mvtec, r"Permission denied: .*bottle/test/hole")
 
 
 @pytest.mark.parametrize("name, why", [("visa", "no reader"), ("mvtec", "no manifest"), ("synthad-C", "no manifest")])
 def test_names_without_a_reader(tmp_path, name, why):
-    refused(name, tmp_path, f"`{name}` .*{why}.*; readable: synthad, mvtec_ad, .*folder, synthad-A, synth")
+    assert_refused(name, tmp_path, f"`{name}` .*{why}.*; readable: synthad, mvtec_ad, .*folder, synthad-A, synth")
 
 
 def test_default_root(mvtec, monkeypatch):
@@ -329,7 +329,7 @@ def test_default_root(mvtec, monkeypatch):
     assert load_dataset("mvtec_ad").root == mvtec
     monkeypatch.delenv("ZSAD_DATA")
     monkeypatch.chdir(mvtec)
-    refused("mvtec_ad", None, "data/mvtec_ad")
+    assert_refused("mvtec_ad", None, "data/mvtec_ad")
 
 
 def test_a_generator_writes_what_is_not_there_and_groups_are_parts_of_it(tmp_path, monkeypatch):
@@ -392,16 +392,16 @@ def test_real_iad_layout(tmp_path, lists):
 
 
 def test_real_iad_errors(tmp_path):
-    refused("real_iad", tmp_path, "audiojack/OK")
+    assert_refused("real_iad", tmp_path, "audiojack/OK")
     mask = real_iad_tree(tmp_path) / "zipper/NG/HS/S0003/zipper_0003_NG_C1_20231021.png"
     mask.unlink()
-    refused("real_iad", tmp_path, r"zipper_0003_NG_C1_20231021\.jpg has no mask at .*\.png")
+    assert_refused("real_iad", tmp_path, r"zipper_0003_NG_C1_20231021\.jpg has no mask at .*\.png")
     mask.with_suffix(".jpg").unlink()
-    refused("real_iad", tmp_path, r"zipper\.json lists .*zipper_0003_NG_C1_20231021\.jpg")
+    assert_refused("real_iad", tmp_path, r"zipper\.json lists .*zipper_0003_NG_C1_20231021\.jpg")
     (tmp_path / "zipper").rename(tmp_path / ".zipper")
     assert load_dataset("real_iad", tmp_path).categories == ("audiojack",), "a partial download"
     (tmp_path / "realiad_jsons" / "audiojack.json").unlink()
-    refused("real_iad", tmp_path, r"realiad_jsons/audiojack\.json")
+    assert_refused("real_iad", tmp_path, r"realiad_jsons/audiojack\.json")
 
 
 @pytest.mark.parametrize(
@@ -424,7 +424,7 @@ def test_real_iad_errors(tmp_path):
 )
 def test_broken_lists_are_named(tmp_path, content, message):
     (real_iad_tree(tmp_path) / "realiad_jsons" / "zipper.json").write_text(content)
-    refused("real_iad", tmp_path, rf"zipper\.json .*{message}")
+    assert_refused("real_iad", tmp_path, rf"zipper\.json .*{message}")
 
 
 @pytest.mark.parametrize("key", ["image_path", "mask_path"])
@@ -441,7 +441,7 @@ def test_lists_do_not_lead_out_of_their_root(tmp_path, key, text):
     (entry,) = (entry for entry in content["test"] if entry["anomaly_class"] == "HS")
     entry[key] = text.format(outside=outside)
     source.write_text(json.dumps(content))
-    refused("real_iad", root, rf"zipper\.json lists .*\.png, which is not below {root}")
+    assert_refused("real_iad", root, rf"zipper\.json lists .*\.png, which is not below {root}")
 
 
 @pytest.mark.parametrize("change", [{"anomaly": "0"}, {"anomaly": None}, {"specie_name": "a/b"}])
@@ -450,7 +450,7 @@ def test_mistyped_entries_of_coco_ad_are_shown(tmp_path, change):
     content = json.loads(meta.read_text())
     content["test"]["coco"][2] |= change
     meta.write_text(json.dumps(content))
-    refused("coco_ad", tmp_path, r"meta_20_2\.json .*" + next(iter(change)))
+    assert_refused("coco_ad", tmp_path, r"meta_20_2\.json .*" + next(iter(change)))
 
 
 def test_coco_ad_layout(tmp_path):
@@ -469,18 +469,18 @@ def test_coco_ad_layout(tmp_path):
 
 
 def test_coco_ad_errors(tmp_path):
-    refused("coco_ad", tmp_path, r"meta_20_0\.json to meta_20_3\.json in .*data list")
+    assert_refused("coco_ad", tmp_path, r"meta_20_0\.json to meta_20_3\.json in .*data list")
     meta = coco_ad_tree(tmp_path, splits=(2,)) / "meta_20_2.json"
     assert load_dataset("coco_ad", tmp_path).categories == ("coco_2",), "one split is enough"
     text = meta.read_text()
     (tmp_path / "val2017_mask_ad_20_2/000000000632.png").unlink()
-    refused("coco_ad", tmp_path, r"000000000632\.jpg has no mask at .*val2017_mask_ad_20_2")
+    assert_refused("coco_ad", tmp_path, r"000000000632\.jpg has no mask at .*val2017_mask_ad_20_2")
     meta.write_text(text.replace("val2017_mask_ad_20_2/000000000632.png", ""))
-    refused("coco_ad", tmp_path, r"meta_20_2\.json lists .*000000000632\.jpg as defective without a mask")
+    assert_refused("coco_ad", tmp_path, r"meta_20_2\.json lists .*000000000632\.jpg as defective without a mask")
     (tmp_path / "val2017" / "000000000285.jpg").unlink()
-    refused("coco_ad", tmp_path, r"000000000285\.jpg, which is not there")
+    assert_refused("coco_ad", tmp_path, r"000000000285\.jpg, which is not there")
     meta.write_text(text[:-5])
-    refused("coco_ad", tmp_path, r"meta_20_2\.json must be JSON")
+    assert_refused("coco_ad", tmp_path, r"meta_20_2\.json must be JSON")
 
 
 # --- the magnetic tiles
@@ -491,14 +491,14 @@ def test_magnetic_tile_layout(tmp_path):
     save_image(tmp_path / "MT_Free/Imgs/a.jpg", GREY)
     save_image(tmp_path / "MT_Free/Imgs/a.png", mask)
     save_image(tmp_path / "MT_Fray/Imgs/b.jpg", GREY)
-    refused("magnetic_tile", tmp_path, r"b\.jpg has no mask")
+    assert_refused("magnetic_tile", tmp_path, r"b\.jpg has no mask")
     save_image(tmp_path / "MT_Fray/Imgs/b.png", mask)
     data = load_dataset("magnetic_tile", tmp_path)
     assert [(s.id, s.label) for s in data] == [("magnetic_tile/test/Fray/b", 1), ("magnetic_tile/test/good/a", 0)]
     assert load_masks(data.samples, 4).sum() == 0  # an empty mask does not change the label
     (tmp_path / "MT_Break").mkdir()
-    refused("magnetic_tile", tmp_path, "MT_Break")
-    refused("magnetic_tile", tmp_path / "MT_Fray", "MT_Free")
+    assert_refused("magnetic_tile", tmp_path, "MT_Break")
+    assert_refused("magnetic_tile", tmp_path / "MT_Fray", "MT_Free")
 
 
 def test_real_magnetic_tiles():

@@ -24,12 +24,8 @@ from zsad_lib.errors import DataError, ModelError, RunError
 RANDOM_SEED = 0  # of the re-initialised control models
 CONTROL_NAMES = {None: "", "unet": " (random U-Net)", "all": " (random weights)"}  # what of a model is random
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-ORIGIN = (
-    "transformers_version",
-    "architectures",
-    "dtype",
-    "torch_dtype",
-)  # in a config.json, without effect on numbers
+# of a config.json, without effect on numbers
+ORIGIN = ("transformers_version", "architectures", "dtype", "torch_dtype")
 MAX_TIMESTEPS = 100_000  # of a schedule: more is a mistyped number that would fill the memory
 
 _digests: WeakKeyDictionary[nn.Module, tuple] = WeakKeyDictionary()  # of weights, while they stay as they are

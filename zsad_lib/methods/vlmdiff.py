@@ -88,9 +88,8 @@ class VLMDiff(Redrawing):
     start: Start = "official"  # which latent meets which level: `start_levels`
     steps: Positive = 10  # DDIM steps; the last one ends at level 0
     start_step: int = 0  # steps left out; the paper leaves out none
-    guidance_scale: NotNegative = (
-        9.0  # against the empty text, the same hint in both halves; without captions no effect
-    )
+    # against the empty text, with the same hint in both halves; without captions it has no effect
+    guidance_scale: NotNegative = 9.0
     captions: Any = setting(None, identity)  # None (empty text), {image id: caption}, or a captioner
     guidance_mode: Literal["only mid", "all"] | None = setting(None)  # default: as the guide was trained
     normalisation: Literal["symmetric", "imagenet"] = "symmetric"  # as the model was trained: `normalise`
