@@ -398,6 +398,8 @@ def test_other_images_in_a_folder_give_other_weights(in_tmp):
     shutil.rmtree("data")
     Path("other").rename("data")
     assert trained("data") == light != dark
+    (aside,) = Path("training").glob("lite-ddpm-cifar10--data=data*/before-*")
+    assert (aside / "unet.pt").exists(), "hours of another training were deleted"
 
 
 def test_equal_weights_are_stored_once(in_tmp):

@@ -40,16 +40,21 @@ def pick(generator: torch.Generator, count: int, batch: int = 16) -> torch.Tenso
 
 
 def begin(folder: Path, *inputs: Any) -> None:
-    """Delete the states in a work folder that are not of these inputs (arrays, or JSON-able), and say so."""
+    """Put the states in a work folder that are not of these inputs (arrays, or JSON-able) aside, and say so."""
     parts = [store.digest(part.tobytes()) if isinstance(part, np.ndarray) else part for part in inputs]
     record, key = folder / "inputs.json", store.fingerprint(parts)
-    if record.exists() and store.read_json(record) == key:
+    before = str(store.read_json(record)) if record.exists() else ""
+    if before == key:
         return
     stale = [*folder.glob("*.pt"), *folder.glob("*.json")]
     if stale:
-        tqdm.write(f"{folder} holds a training on other data, models or options: this one starts anew")
+        aside = folder / f"before-{before[:8]}"
+        aside.mkdir(exist_ok=True)
+        tqdm.write(
+            f"{folder} holds a training on other data, models or options: this one starts anew, that is in {aside}"
+        )
     for path in stale:
-        path.unlink()
+        path.replace(aside / path.name)
     store.write_json(record, key)
 
 
